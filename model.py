@@ -1,0 +1,704 @@
+"""What every stage shares: command line, devices, tokenizer and chat format, the model, sampling, optimizers, files.
+
+Only arithmetic and formats that must be bit-identical in several stages live here; the training loop stands
+in each stage script. Nothing below runs on import.
+
+Shapes: B batch, T time, S cached time, C channels, H heads, K key/value heads, D head size, V vocabulary.
+Conventions: padding is on the right; masks are 1 where a token counts; log-probs are float32 nats.
+"""
+import argparse
+import base64
+import ctypes
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------
+# Command line and messages
+
+
+def fail(message):
+    """End the program because of something the user can mend: one line on stderr, exit code 1."""
+    raise SystemExit(f"error: {message}")
+
+
+def print0(*args, **kwargs):
+    """Print on the first rank only, at once (a log that lags behind is no log)."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def duration(seconds):
+    """65 -> '1m05s'"""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+
+
+def parse_args(Config, argv=None):
+    """Turn a dataclass into a command line: `--field value`, booleans `--field` / `--no-field`.
+
+    The trailing comment of each field is its help text, so that code and --help cannot disagree.
+    Returns a Config; unknown flags and bad values end the program with one line.
+    """
+    doc = inspect.getdoc(sys.modules[Config.__module__]) or ""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (see python {Path(sys.argv[0]).name} --help)")
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    for f in dataclasses.fields(Config):
+        kinds = [k for k in typing.get_args(f.type) if k is not types.NoneType]
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        shown = "derived" if default is None else "none" if default in ("", []) else default
+        kwargs = dict(dest=f.name, default=default, metavar=f.name.upper(),
+                      help=f"{comments.get(f.name, '')} [{shown}]".replace("%", "%%"))
+        if f.type is bool or kinds == [bool]:
+            del kwargs["metavar"]
+            kwargs["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(f.type) is list:
+            kwargs.update(type=kinds[0], nargs="+")
+        elif typing.get_origin(f.type) is typing.Literal:
+            kwargs.update(choices=typing.get_args(f.type))
+        else:
+            kwargs["type"] = kinds[0] if kinds else f.type
+        parser.add_argument(f"--{f.name}", **kwargs)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+# ------------------------------------------------------------------------------------------------
+# One process or many, CPU or GPU
+
+
+@dataclass
+class Dist:
+    """Where this process runs. `dtype` is that of matrix products under autocast, None for plain float32."""
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype | None
+    is_master: bool
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+def setup(seed, precision="auto"):
+    """Join torchrun's process group if there is one, pick device and precision, seed, say what was picked."""
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    elif torch.backends.mps.is_available() and world_size == 1:
+        device = torch.device("mps")
+    else:
+        device = torch.device("cpu")
+        keep_freed_memory()
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.manual_seed(seed)
+    dtype, why = pick_precision(device, precision)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"{device.type}, {torch.get_num_threads()} threads")
+    print0(f"device: {world_size} x {name}, {why}")
+    return Dist(rank, local_rank, world_size, device, dtype, rank == 0)
+
+
+def pick_precision(device, precision):
+    """Returns (autocast dtype or None, one line that says why). bf16 only where the hardware multiplies it."""
+    if precision not in ("auto", "bf16", "fp32"):
+        fail(f"--precision {precision}: choose auto, bf16 or fp32")
+    if precision == "fp32":
+        return None, "float32 as asked"
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        has = False
+    else:
+        flags = torch.cpu.get_capabilities()
+        has = any(flags.get(k) for k in ("amx_bf16", "avx512_bf16", "bf16"))
+    if has or precision == "bf16":
+        return torch.bfloat16, "bf16 autocast" + ("" if has else " (emulated: expect it to be slow)")
+    return None, "float32 (no bf16 matrix products here)"
+
+
+def keep_freed_memory():
+    """Let glibc keep freed blocks: by default each large tensor is mapped and page-faulted anew.
+
+    Training steps on CPU ask for the same sizes again and again; measured 1.2-1.8 times faster.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes
+        libc.mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD, bytes
+
+
+def seed_step(seed, step, rank=0):
+    """Make every random draw of a step a function of (seed, step, rank): resuming needs no saved RNG."""
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(
+        f"{seed}/{step}/{rank}".encode(), digest_size=6).digest(), "big"))
+
+
+def can_compile(device):
+    """True if torch.compile works here; else says why not, once, and the stage runs uncompiled."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as e:    # whatever the compiler stack raises, the answer is the same
+        print0(f"torch.compile does not work here, running without it ({type(e).__name__})")
+        return False
+
+
+def sum_over_ranks(x):
+    """Sum a float64 tensor over ranks (any device); identity in one process."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def peak_flops(d):
+    """(FLOP/s this rank could reach at d.dtype, how we know). Known GPUs by name, else measured."""
+    known = dict(H100=989e12, H200=989e12, B200=2250e12, A100=312e12, L40S=362e12, L4=121e12,
+                 RTX4090=165e12, RTX3090=71e12)    # dense bf16, vendor data sheets
+    name = torch.cuda.get_device_name(d.device).replace(" ", "") if d.device.type == "cuda" else ""
+    for key, flops in known.items():
+        if key in name and d.dtype:
+            return flops, "data sheet"
+    a = torch.randn(1024, 1024, device=d.device, dtype=d.dtype or torch.float32)
+    best = math.inf
+    for _ in range(12):
+        start = time.perf_counter()
+        (a @ a).sum().item()    # .item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024 ** 3 / best, "measured"
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizer and chat format
+
+ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
+ROLES = ("system", "user", "assistant", "tool")
+# Pre-tokenizer of GPT-4 (cl100k_base, openai/tiktoken): merges never cross these pieces.
+GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+              r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+
+
+def make_encoding(name, pattern, ranks, special_tokens=None):
+    """tiktoken.Encoding with our four control tokens added after the last id if they are not there yet.
+
+    ranks: {bytes: id}. Large vocabularies get reserved ids up to a multiple of 64: matrix products of odd
+    width are slow, and this way the vocabulary of tokenizer and model are always the same number.
+    """
+    special_tokens = dict(special_tokens or {})
+    free = max([*ranks.values(), *special_tokens.values()]) + 1
+    for token in (ENDOFTEXT, IM_START, IM_END, PAD):
+        if token not in special_tokens:
+            special_tokens[token], free = free, free + 1
+    while free > 1024 and free % 64:
+        special_tokens[f"<|reserved_{free}|>"], free = free, free + 1
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+
+
+def encoding_to_dict(enc):
+    """Plain strings and ints, safe for JSON and torch.load(weights_only=True); ranks as in .tiktoken files."""
+    ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
+    return dict(name=enc.name, pattern=enc._pat_str, special_tokens=dict(enc._special_tokens),
+                ranks="\n".join(f"{base64.b64encode(b).decode()} {i}" for b, i in ranks))
+
+
+def encoding_from_dict(d):
+    ranks = {base64.b64decode(b): int(i) for b, i in (line.split() for line in d["ranks"].splitlines())}
+    return make_encoding(d["name"], d["pattern"], ranks, d["special_tokens"])
+
+
+def encoding_hash(enc):
+    """Identity of a tokenizer: the same hash means the same ids for the same text."""
+    d = {k: v for k, v in encoding_to_dict(enc).items() if k != "name"}
+    return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def token_bytes(enc):
+    """(V,) int64: how many bytes of text each id stands for, 0 for control tokens."""
+    sizes = np.zeros(enc.n_vocab, dtype=np.int64)
+    for piece, i in enc._mergeable_ranks.items():
+        sizes[i] = len(piece)
+    return torch.from_numpy(sizes)
+
+
+def render_chat(enc, messages, reply=False):
+    """ChatML as (ids, mask): mask is 1 on what the assistant says and on its end-of-turn token.
+
+    messages: [{"role", "content"}]. With reply=True the ids end where the assistant starts to speak.
+    Built segment by segment and with encode_ordinary, so text that looks like a control token stays text.
+    Source: the ChatML layout of Qwen and of OpenAI's gpt-3.5 (<|im_start|>role newline content <|im_end|> newline).
+    """
+    start, end = enc._special_tokens[IM_START], enc._special_tokens[IM_END]
+    ids, mask = [], []
+    for message in messages:
+        if message["role"] not in ROLES:
+            raise ValueError(f"unknown role {message['role']!r} (one of {', '.join(ROLES)})")
+        head = [start, *enc.encode_ordinary(message["role"] + "\n")]
+        body = [*enc.encode_ordinary(message["content"]), end]
+        tail = enc.encode_ordinary("\n")
+        ids += head + body + tail
+        mask += [0] * len(head) + [int(message["role"] == "assistant")] * len(body) + [0] * len(tail)
+    if reply:
+        head = [start, *enc.encode_ordinary("assistant\n")]
+        ids, mask = ids + head, mask + [0] * len(head)
+    return ids, mask
+
+
+# ------------------------------------------------------------------------------------------------
+# Arithmetic that several stages need bit for bit
+
+
+def token_logprobs(logits, ids):
+    """log p(ids[t] | ids[<t]) as (B, T) float32 nats, aligned to `ids`; entry 0 is 0 (nothing predicts it).
+
+    logits (B, T, V): logits[:, t] predicts ids[:, t + 1], the only place that knows this shift.
+    """
+    logprobs = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(), reduction="none")
+    return F.pad(-logprobs, (1, 0))
+
+
+def masked_mean(x, mask, dim=None):
+    """Mean of x where mask is 1; 0 where nothing is. NaN or inf under a 0 does not leak through."""
+    kept = torch.where(mask.bool(), x, torch.zeros_like(x))
+    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def pad_batch(rows, pad_id):
+    """Right-pad lists of ids: (ids (B, T) int64, mask (B, T) float32, 1 on real tokens)."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[i, :len(row)] = 1
+    return ids, mask
+
+
+def cosine_lr(progress, warmup, learning_rate, min_lr):
+    """Linear warm-up from 0, then half a cosine down to min_lr. progress and warmup: fractions of the run."""
+    if progress < warmup:
+        return learning_rate * progress / warmup
+    x = min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * x))
+
+
+# ------------------------------------------------------------------------------------------------
+# The model: pre-norm decoder of the Llama / Qwen family
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256             # longest sequence, tokens
+    vocab_size: int = 1024
+    n_layer: int = 4
+    n_head: int = 4
+    n_kv_head: int = 4                # fewer than n_head: grouped-query attention
+    n_embd: int = 256
+    n_hidden: int | None = None       # SwiGLU width; None: 8/3 of n_embd, rounded up to a multiple of 64
+    head_size: int | None = None      # None: n_embd / n_head
+    qk_norm: bool = True              # RMSNorm on queries and keys (Qwen3)
+    qkv_bias: bool = False            # Qwen2
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    rope_base: float = 10_000.0
+    rope_scaling: dict | None = None  # Llama 3's, as config.json has it
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head and not self.head_size:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        self.n_hidden = self.n_hidden or -(-self.n_embd * 8 // 3 // 64) * 64
+
+
+def rope_tables(config):
+    """cos and signed sin (T, D) of the rotary angles, half-split. Su et al. 2021, arXiv 2104.09864."""
+    d = config.head_size
+    freq = config.rope_base ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
+    s = config.rope_scaling
+    if s and s.get("rope_type", s.get("type")) == "llama3":    # slow down low frequencies, blend in between
+        old = s["original_max_position_embeddings"]
+        turns = old * freq / (2 * math.pi)
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = freq * (blend + (1 - blend) / s["factor"])
+    angles = torch.arange(config.block_size, dtype=torch.float32)[:, None] * freq
+    return torch.cat([angles, angles], 1).cos(), torch.cat([-angles, angles], 1).sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate each pair (x[i], x[i + D/2]) by its angle. x (B, T, H, D), cos and sin (.., T, 1, D)."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def attention(q, k, v, mask=None, fused=None):
+    """softmax(q k' / sqrt(D)) v. q (B, H, T, D); k, v (B, K, S, D); -> (B, H, T, D).
+
+    mask: bool, broadcastable to (B, 1, T, S), True where a query may look; None: causal, T equal to S.
+    fused=None takes torch's fused kernel where it is faster: on GPUs and for long rows. Same numbers.
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    if q.is_cuda or T > 1024 if fused is None else fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                              enable_gqa=H != K)
+    # The H/K queries that share a key head become rows of one product, so that keys are never copied.
+    scores = (q * D ** -0.5).reshape(B, K, H // K * T, D) @ k.transpose(-2, -1)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    scores = scores.view(B, H, T, S) + bias
+    with torch.autocast(q.device.type, enabled=False):    # keep bf16 scores: the kernel sums in float32
+        weights = scores.softmax(dim=-1)
+    return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, D)
+
+
+class KVCache:
+    """Keys and values of every layer. Slot t of a row holds its token t, so rows may differ in length."""
+
+    def __init__(self, config, batch_size, max_len, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_size)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    def update(self, layer, k, v, positions, end):
+        """Write k, v (B, K, T, D) at positions (B, T); return all slots before `end`."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.k[layer][rows, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer][rows, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, :end].to(k.dtype), self.v[layer, :, :, :end].to(v.dtype)
+
+    def select(self, rows):
+        """Keep only these rows of the batch."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight. Zhang & Sennrich 2019, arXiv 1910.07467."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+        return x * scale * self.weight.to(x.dtype)    # twice as fast as F.rms_norm's backward on CPU
+
+
+class CausalSelfAttention(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_size, self.qk_norm = config.head_size, config.qk_norm
+        q_size, kv_size = config.n_head * config.head_size, config.n_kv_head * config.head_size
+        self.q_proj = nn.Linear(config.n_embd, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.n_embd, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_size, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_size, config.norm_eps)
+
+    def forward(self, x, cos, sin, mask, write_cache):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_size)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))    # (B, T, H or K, D)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))         # (B, H or K, T, D)
+        if write_cache:
+            k, v = write_cache(k, v)                             # (B, K, S, D)
+        y = attention(q, k, v, mask)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))    # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = CausalSelfAttention(config)
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cos, sin, mask, write_cache):
+        x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, mask, write_cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        cos, sin = rope_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:    # variance-preserving; the projections onto the residual stream start at 0
+                std = 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else p.shape[1] ** -0.5
+                nn.init.normal_(p, std=std)
+        nn.init.normal_(self.embed.weight, std=1.0 if not config.tie_embeddings else 0.02)
+        nn.init.normal_(self.head.weight, std=0.02 * config.n_embd ** -0.5)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def hidden(self, ids, doc=None, cache=None, positions=None):
+        """Final-norm states (B, T, C).
+
+        doc (B, T): number of the document each token is in; tokens see their own document only, and
+        positions restart with it. cache: KVCache, with positions (B, T) of these tokens in their rows.
+        """
+        B, T = ids.shape
+        mask, write_caches = None, [None] * len(self.blocks)
+        if doc is not None:
+            t = torch.arange(T, device=ids.device)
+            starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True)
+            positions = t - torch.where(starts, t, 0).cummax(dim=1).values
+            mask = ((doc[:, :, None] == doc[:, None, :]) & (t[:, None] >= t))[:, None]    # (B, 1, T, T)
+        if cache is not None:
+            end = int(positions.max()) + 1
+            slots = torch.arange(end, device=ids.device)
+            mask = (slots <= positions[:, :, None])[:, None]                              # (B, 1, T, S)
+            write_caches = [lambda k, v, i=i: cache.update(i, k, v, positions, end)
+                            for i in range(len(self.blocks))]
+        at = slice(T) if positions is None else positions
+        cos, sin = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)                 # (.., T, 1, D)
+        x = self.embed(ids)                                                               # (B, T, C)
+        if torch.is_autocast_enabled(ids.device.type):    # activations in bf16, weights stay float32
+            x, cos, sin = (z.to(torch.get_autocast_dtype(ids.device.type)) for z in (x, cos, sin))
+        for block, write_cache in zip(self.blocks, write_caches):
+            x = block(x, cos, sin, mask, write_cache)
+        return self.norm(x)
+
+    def forward(self, ids, doc=None, cache=None, positions=None):
+        """Logits (B, T, V) at every position, always."""
+        return self.head(self.hidden(ids, doc, cache, positions))
+
+    def flops_per_token(self):
+        """Forward and backward FLOPs a token: 6 per weight in a product + attention. Chinchilla, PaLM app. B."""
+        c = self.config
+        weights = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and n != "embed.weight")
+        weights += self.embed.weight.numel() * c.tie_embeddings
+        return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * c.block_size
+
+
+# ------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def sample(logits, temperature, top_k, top_p, uniform):
+    """Next ids (B,) from logits (B, V) by inverting the cumulative distribution at uniform (B,).
+
+    One uniform number a row, so that what a row samples does not depend on its neighbours in the batch.
+    temperature 0 is greedy. top_p keeps the smallest set of tokens whose mass reaches top_p.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    if 0 < top_k < probs.shape[-1]:
+        probs[:, top_k:] = 0
+    if top_p < 1:
+        probs[probs.cumsum(-1) - probs >= top_p * probs.sum(-1, keepdim=True)] = 0
+    cdf = probs.cumsum(dim=-1)
+    index = torch.searchsorted(cdf, (uniform[:, None] * cdf[:, -1:]), right=True)
+    last = (probs > 0).sum(dim=-1, keepdim=True) - 1    # rounding must not step past the kept tokens
+    return order.gather(1, index.minimum(last)).squeeze(1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), pad_id=0,
+             seed=0, seeds=None, dtype=None):
+    """Continue each prompt (list of ids). Returns ids (B, T) and mask (B, T), right-padded with pad_id.
+
+    mask is 1 on sampled tokens, the stop token included. Row i draws its numbers from seeds[i] (default
+    seed + i), so a row samples the same alone and in any batch. Rows that stopped leave the batch.
+    Raises ValueError for an empty prompt or when a row would outgrow the model's block_size.
+    """
+    config, device = model.config, model.embed.weight.device
+    if min(map(len, prompts)) == 0:
+        raise ValueError("generate: a prompt is empty")
+    ids, _ = pad_batch(prompts, pad_id)
+    B, P = ids.shape
+    if P + max_new_tokens > config.block_size:
+        raise ValueError(f"generate: {P} prompt + {max_new_tokens} new tokens exceed block_size {config.block_size}")
+    ids = F.pad(ids, (0, max_new_tokens), value=pad_id).to(device)
+    mask = torch.zeros_like(ids, dtype=torch.float32)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    seeds = [seed + i for i in range(B)] if seeds is None else seeds
+    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s))
+                           for s in seeds]).to(device)
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+    rows = torch.arange(B, device=device)    # which rows of the result the running batch holds
+    was_training = model.training
+    model.eval()
+    cache = KVCache(config, B, P + max_new_tokens, device, dtype or model.embed.weight.dtype)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        positions = torch.arange(P, device=device).expand(B, P)
+        states = model.hidden(ids[:, :P], cache=cache, positions=positions)
+        states = states[rows, lengths - 1]                                    # (B, C)
+        for t in range(max_new_tokens):
+            at = lengths[rows] + t
+            token = sample(model.head(states), temperature, top_k, top_p, uniform[rows, t])
+            ids[rows, at], mask[rows, at] = token, 1.0
+            alive = ~torch.isin(token, stops)
+            if t + 1 == max_new_tokens or not alive.any():
+                break
+            if not alive.all():
+                rows, token, at = rows[alive], token[alive], at[alive]
+                cache.select(alive)
+            states = model.hidden(token[:, None], cache=cache, positions=at[:, None])[:, 0]
+    model.train(was_training)
+    width = int(torch.maximum(lengths, (mask > 0).cumsum(1).argmax(1) + 1).max())
+    return ids[:, :width], mask[:, :width]
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def make_optimizers(model, optimizer, learning_rate, weight_decay, betas):
+    """[AdamW] or [Muon for the hidden matrices, AdamW for the rest]; weight decay on matrices of blocks only.
+
+    Muon (Jordan et al. 2024) steps along the orthogonalised momentum; its update is scaled to the size of
+    AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both.
+    """
+    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in params if p.dim() == 2 and "blocks." in n]
+    others = [p for n, p in params if not (p.dim() == 2 and "blocks." in n)]
+    groups = [dict(params=others, weight_decay=0.0)]
+    result = []
+    if optimizer == "muon":
+        result.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, momentum=0.95,
+                                       adjust_lr_fn="match_rms_adamw"))
+    elif optimizer == "adamw":
+        groups.insert(0, dict(params=matrices, weight_decay=weight_decay))
+    else:
+        fail(f"--optimizer {optimizer}: choose muon or adamw")
+    fused = all(p.device.type in ("cuda", "cpu") for p in others)
+    return [*result, torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_atomic(path, write):
+    """Call write(file) on a temporary file beside path, flush it to disk, rename: all or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:    # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {e}".splitlines()[0])
+
+
+def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
+    """One self-contained file: weights in full precision, sizes, tokenizer, settings, and what resuming needs."""
+    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        weights.pop("head.weight")
+    checkpoint = dict(format=1, stage=stage, step=step, model_config=dataclasses.asdict(model.config),
+                      weights=weights, encoding=encoding_to_dict(enc),
+                      stage_config=dataclasses.asdict(stage_config), **extra)
+    write_atomic(path, lambda f: torch.save(checkpoint, f))
+
+
+def load_checkpoint(path, made_by):
+    """The dictionary of save_checkpoint, never unpickling code. made_by: the command to name if it is missing."""
+    if not Path(path).exists():
+        fail(f"{path} does not exist; make it with: {made_by}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["model_config"], checkpoint["weights"]
+    except Exception as e:
+        fail(f"{path} is not a checkpoint of this project, or is damaged ({type(e).__name__})")
+    return checkpoint
+
+
+def load_weights(model, checkpoint):
+    """Copy the checkpoint's weights into the model; every one must be there and fit."""
+    weights = dict(checkpoint["weights"])
+    if model.config.tie_embeddings:
+        weights["head.weight"] = weights["embed.weight"]
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as e:
+        fail("weights do not fit the model: " + " ".join(str(e).split())[:300])
+
+
+def load_model(checkpoint, device):
+    """(model, tokenizer) of a loaded checkpoint."""
+    model = GPT(GPTConfig(**checkpoint["model_config"]))
+    load_weights(model, checkpoint)
+    return model.to(device), encoding_from_dict(checkpoint["encoding"])
+
+
+class Log:
+    """One aligned console line and one JSON line per call; the file is `out` with .jsonl for its suffix."""
+
+    def __init__(self, out, resume_step=None):
+        self.path = Path(out).with_suffix(".jsonl")
+        lines = []
+        if resume_step is not None and self.path.exists():    # what a killed run logged past its checkpoint
+            lines = [line for line in self.path.read_text().splitlines(keepends=True)
+                     if line.endswith("\n") and json.loads(line)["step"] < resume_step]
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
+
+    def __call__(self, line, **metrics):
+        if int(os.environ.get("RANK", 0)) == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
+                                    for k, v in metrics.items()}) + "\n")
+            if line:
+                print0(line)

@@ -1,9 +1,9 @@
-"""What every stage shares: command line, devices, tokenizer and chat format, the model, sampling, optimizers, files.
+"""What every stage shares: command line, devices, tokenizer, model, sampling, optimizers, files.
 
-Only arithmetic and formats that must be bit-identical in several stages live here; the training loop stands
-in each stage script. Nothing below runs on import.
+Only arithmetic and formats that must be bit-identical in several stages live here; the training
+loop stands in each stage script. Nothing below runs on import.
 
-Shapes: B batch, T time, S cached time, C channels, H heads, K key/value heads, D head size, V vocabulary.
+Shapes: B batch, T time, S cached time, C channels, H heads, K key heads, D head size, V vocabulary.
 Conventions: padding is on the right; masks are 1 where a token counts; log-probs are float32 nats.
 """
 import argparse
@@ -88,7 +88,7 @@ def parse_args(Config, argv=None):
 
 @dataclass
 class Dist:
-    """Where this process runs. `dtype` is that of matrix products under autocast, None for plain float32."""
+    """Where this process runs. `dtype`: of matrix products under autocast, None for float32."""
     rank: int
     local_rank: int
     world_size: int
@@ -101,7 +101,7 @@ class Dist:
 
 
 def setup(seed, precision="auto"):
-    """Join torchrun's process group if there is one, pick device and precision, seed, say what was picked."""
+    """Join torchrun's processes if there are any, pick device and precision, seed, say so."""
     rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if torch.cuda.is_available():
@@ -124,7 +124,7 @@ def setup(seed, precision="auto"):
 
 
 def pick_precision(device, precision):
-    """Returns (autocast dtype or None, one line that says why). bf16 only where the hardware multiplies it."""
+    """(autocast dtype or None, why). bf16 only where the hardware multiplies it."""
     if precision not in ("auto", "bf16", "fp32"):
         fail(f"--precision {precision}: choose auto, bf16 or fp32")
     if precision == "fp32":
@@ -137,7 +137,7 @@ def pick_precision(device, precision):
         flags = torch.cpu.get_capabilities()
         has = any(flags.get(k) for k in ("amx_bf16", "avx512_bf16", "bf16"))
     if has or precision == "bf16":
-        return torch.bfloat16, "bf16 autocast" + ("" if has else " (emulated: expect it to be slow)")
+        return torch.bfloat16, "bf16 autocast" + ("" if has else " (emulated: slow)")
     return None, "float32 (no bf16 matrix products here)"
 
 
@@ -153,7 +153,7 @@ def keep_freed_memory():
 
 
 def seed_step(seed, step, rank=0):
-    """Make every random draw of a step a function of (seed, step, rank): resuming needs no saved RNG."""
+    """Make the draws of a step a function of (seed, step, rank): resuming needs no saved RNG."""
     torch.manual_seed(int.from_bytes(hashlib.blake2b(
         f"{seed}/{step}/{rank}".encode(), digest_size=6).digest(), "big"))
 
@@ -168,11 +168,13 @@ def can_compile(device):
         return False
 
 
-def sum_over_ranks(x):
-    """Sum a float64 tensor over ranks (any device); identity in one process."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
+def sum_over_ranks(x, d):
+    """Sum of a tensor over all ranks; itself in one process."""
+    if d.world_size == 1 or not dist.is_initialized():
+        return x
+    total = x.to(d.device)
+    dist.all_reduce(total)
+    return total
 
 
 def peak_flops(d):
@@ -198,15 +200,15 @@ def peak_flops(d):
 ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant", "tool")
 # Pre-tokenizer of GPT-4 (cl100k_base, openai/tiktoken): merges never cross these pieces.
-GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-              r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+              r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 
 
 def make_encoding(name, pattern, ranks, special_tokens=None):
-    """tiktoken.Encoding with our four control tokens added after the last id if they are not there yet.
+    """tiktoken.Encoding with our four control tokens added after the last id unless there already.
 
-    ranks: {bytes: id}. Large vocabularies get reserved ids up to a multiple of 64: matrix products of odd
-    width are slow, and this way the vocabulary of tokenizer and model are always the same number.
+    ranks: {bytes: id}. Large vocabularies get reserved ids up to a multiple of 64: matrix products
+    of odd width are slow, and this way tokenizer and model have the same number of ids.
     """
     special_tokens = dict(special_tokens or {})
     free = max([*ranks.values(), *special_tokens.values()]) + 1
@@ -215,18 +217,19 @@ def make_encoding(name, pattern, ranks, special_tokens=None):
             special_tokens[token], free = free, free + 1
     while free > 1024 and free % 64:
         special_tokens[f"<|reserved_{free}|>"], free = free, free + 1
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                             special_tokens=special_tokens)
 
 
 def encoding_to_dict(enc):
-    """Plain strings and ints, safe for JSON and torch.load(weights_only=True); ranks as in .tiktoken files."""
+    """Plain strings and ints, safe for JSON and torch.load; ranks as in .tiktoken files."""
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
     return dict(name=enc.name, pattern=enc._pat_str, special_tokens=dict(enc._special_tokens),
                 ranks="\n".join(f"{base64.b64encode(b).decode()} {i}" for b, i in ranks))
 
 
 def encoding_from_dict(d):
-    ranks = {base64.b64decode(b): int(i) for b, i in (line.split() for line in d["ranks"].splitlines())}
+    ranks = {base64.b64decode(b): int(i) for b, i in map(str.split, d["ranks"].splitlines())}
     return make_encoding(d["name"], d["pattern"], ranks, d["special_tokens"])
 
 
@@ -247,9 +250,9 @@ def token_bytes(enc):
 def render_chat(enc, messages, reply=False):
     """ChatML as (ids, mask): mask is 1 on what the assistant says and on its end-of-turn token.
 
-    messages: [{"role", "content"}]. With reply=True the ids end where the assistant starts to speak.
-    Built segment by segment and with encode_ordinary, so text that looks like a control token stays text.
-    Source: the ChatML layout of Qwen and of OpenAI's gpt-3.5 (<|im_start|>role newline content <|im_end|> newline).
+    messages: [{"role", "content"}]. With reply=True the ids end where the assistant would speak.
+    Built segment by segment with encode_ordinary: text that looks like a control token stays text.
+    Raises ValueError for an unknown role. Layout: <|im_start|>role\\ncontent<|im_end|>\\n.
     """
     start, end = enc._special_tokens[IM_START], enc._special_tokens[IM_END]
     ids, mask = [], []
@@ -260,7 +263,8 @@ def render_chat(enc, messages, reply=False):
         body = [*enc.encode_ordinary(message["content"]), end]
         tail = enc.encode_ordinary("\n")
         ids += head + body + tail
-        mask += [0] * len(head) + [int(message["role"] == "assistant")] * len(body) + [0] * len(tail)
+        said = int(message["role"] == "assistant")
+        mask += [0] * len(head) + [said] * len(body) + [0] * len(tail)
     if reply:
         head = [start, *enc.encode_ordinary("assistant\n")]
         ids, mask = ids + head, mask + [0] * len(head)
@@ -272,12 +276,13 @@ def render_chat(enc, messages, reply=False):
 
 
 def token_logprobs(logits, ids):
-    """log p(ids[t] | ids[<t]) as (B, T) float32 nats, aligned to `ids`; entry 0 is 0 (nothing predicts it).
+    """log p(ids[t] | ids[<t]) as (B, T) float32 nats, aligned to `ids`; entry 0 is 0.
 
     logits (B, T, V): logits[:, t] predicts ids[:, t + 1], the only place that knows this shift.
     """
-    logprobs = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(), reduction="none")
-    return F.pad(-logprobs, (1, 0))
+    nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(),
+                           reduction="none")
+    return F.pad(-nats, (1, 0))
 
 
 def masked_mean(x, mask, dim=None):
@@ -298,7 +303,7 @@ def pad_batch(rows, pad_id):
 
 
 def cosine_lr(progress, warmup, learning_rate, min_lr):
-    """Linear warm-up from 0, then half a cosine down to min_lr. progress and warmup: fractions of the run."""
+    """Linear warm-up from 0, then half a cosine to min_lr; progress, warmup: shares of the run."""
     if progress < warmup:
         return learning_rate * progress / warmup
     x = min(1.0, (progress - warmup) / max(1e-9, 1 - warmup))
@@ -317,7 +322,7 @@ class GPTConfig:
     n_head: int = 4
     n_kv_head: int = 4                # fewer than n_head: grouped-query attention
     n_embd: int = 256
-    n_hidden: int | None = None       # SwiGLU width; None: 8/3 of n_embd, rounded up to a multiple of 64
+    n_hidden: int | None = None       # SwiGLU width; None: 8/3 of n_embd, rounded up to 64s
     head_size: int | None = None      # None: n_embd / n_head
     qk_norm: bool = True              # RMSNorm on queries and keys (Qwen3)
     qkv_bias: bool = False            # Qwen2
@@ -331,17 +336,18 @@ class GPTConfig:
         if self.n_embd % self.n_head and not self.head_size:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head "
+                             f"{self.n_kv_head}")
         self.head_size = self.head_size or self.n_embd // self.n_head
         self.n_hidden = self.n_hidden or -(-self.n_embd * 8 // 3 // 64) * 64
 
 
 def rope_tables(config):
-    """cos and signed sin (T, D) of the rotary angles, half-split. Su et al. 2021, arXiv 2104.09864."""
+    """cos and signed sin (T, D) of the rotary angles, half-split. Su et al., arXiv 2104.09864."""
     d = config.head_size
     freq = config.rope_base ** -(torch.arange(0, d, 2, dtype=torch.float32) / d)
     s = config.rope_scaling
-    if s and s.get("rope_type", s.get("type")) == "llama3":    # slow down low frequencies, blend in between
+    if s and s.get("rope_type", s.get("type")) == "llama3":    # slow down the low frequencies
         old = s["original_max_position_embeddings"]
         turns = old * freq / (2 * math.pi)
         low, high = s["low_freq_factor"], s["high_freq_factor"]
@@ -352,33 +358,33 @@ def rope_tables(config):
 
 
 def rotate(x, cos, sin):
-    """Rotate each pair (x[i], x[i + D/2]) by its angle. x (B, T, H, D), cos and sin (.., T, 1, D)."""
+    """Rotate each pair (x[i], x[i + D/2]) by its angle. x (B, T, H, D); cos, sin (.., T, 1, D)."""
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def attention(q, k, v, mask=None, fused=None):
     """softmax(q k' / sqrt(D)) v. q (B, H, T, D); k, v (B, K, S, D); -> (B, H, T, D).
 
-    mask: bool, broadcastable to (B, 1, T, S), True where a query may look; None: causal, T equal to S.
-    fused=None takes torch's fused kernel where it is faster: on GPUs and for long rows. Same numbers.
+    mask: bool, broadcastable to (B, 1, T, S), True where a query may look; None: causal, T == S.
+    fused=None takes torch's fused kernel where it is faster: on GPUs and for long rows.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     if q.is_cuda or T > 1024 if fused is None else fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                               enable_gqa=H != K)
-    # The H/K queries that share a key head become rows of one product, so that keys are never copied.
+    # The H/K queries that share a key head become rows of one product: keys are never copied.
     scores = (q * D ** -0.5).reshape(B, K, H // K * T, D) @ k.transpose(-2, -1)
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
     scores = scores.view(B, H, T, S) + bias
-    with torch.autocast(q.device.type, enabled=False):    # keep bf16 scores: the kernel sums in float32
+    with torch.autocast(q.device.type, enabled=False):    # bf16 in and out, summed in float32
         weights = scores.softmax(dim=-1)
     return (weights.view(B, K, H // K * T, S) @ v).view(B, H, T, D)
 
 
 class KVCache:
-    """Keys and values of every layer. Slot t of a row holds its token t, so rows may differ in length."""
+    """Keys and values of all layers. Slot t of a row holds its token t; rows differ in length."""
 
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_size)
@@ -405,7 +411,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
-        return x * scale * self.weight.to(x.dtype)    # twice as fast as F.rms_norm's backward on CPU
+        return x * scale * self.weight.to(x.dtype)    # on CPU twice as fast as F.rms_norm
 
 
 class CausalSelfAttention(nn.Module):
@@ -477,9 +483,9 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:    # variance-preserving; the projections onto the residual stream start at 0
-                std = 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else p.shape[1] ** -0.5
-                nn.init.normal_(p, std=std)
+            if p.dim() == 2:    # keep the variance; what writes to the residual stream starts at 0
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.0 if writes else p.shape[1] ** -0.5)
         nn.init.normal_(self.embed.weight, std=1.0 if not config.tie_embeddings else 0.02)
         nn.init.normal_(self.head.weight, std=0.02 * config.n_embd ** -0.5)
         if config.tie_embeddings:
@@ -488,8 +494,8 @@ class GPT(nn.Module):
     def hidden(self, ids, doc=None, cache=None, positions=None):
         """Final-norm states (B, T, C).
 
-        doc (B, T): number of the document each token is in; tokens see their own document only, and
-        positions restart with it. cache: KVCache, with positions (B, T) of these tokens in their rows.
+        doc (B, T): number of the document each token is in; tokens see their own document only,
+        and positions restart with it. cache: KVCache, with positions (B, T) of the tokens.
         """
         B, T = ids.shape
         mask, write_caches = None, [None] * len(self.blocks)
@@ -497,18 +503,20 @@ class GPT(nn.Module):
             t = torch.arange(T, device=ids.device)
             starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True)
             positions = t - torch.where(starts, t, 0).cummax(dim=1).values
-            mask = ((doc[:, :, None] == doc[:, None, :]) & (t[:, None] >= t))[:, None]    # (B, 1, T, T)
+            mask = (doc[:, :, None] == doc[:, None, :]) & (t[:, None] >= t)
+            mask = mask[:, None]                                            # (B, 1, T, T)
         if cache is not None:
             end = int(positions.max()) + 1
             slots = torch.arange(end, device=ids.device)
-            mask = (slots <= positions[:, :, None])[:, None]                              # (B, 1, T, S)
+            mask = (slots <= positions[:, :, None])[:, None]                # (B, 1, T, S)
             write_caches = [lambda k, v, i=i: cache.update(i, k, v, positions, end)
                             for i in range(len(self.blocks))]
         at = slice(T) if positions is None else positions
-        cos, sin = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)                 # (.., T, 1, D)
-        x = self.embed(ids)                                                               # (B, T, C)
-        if torch.is_autocast_enabled(ids.device.type):    # activations in bf16, weights stay float32
-            x, cos, sin = (z.to(torch.get_autocast_dtype(ids.device.type)) for z in (x, cos, sin))
+        cos, sin = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)    # (.., T, 1, D)
+        x = self.embed(ids)                                                 # (B, T, C)
+        if torch.is_autocast_enabled(ids.device.type):    # activations bf16, weights float32
+            dtype = torch.get_autocast_dtype(ids.device.type)
+            x, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
         for block, write_cache in zip(self.blocks, write_caches):
             x = block(x, cos, sin, mask, write_cache)
         return self.norm(x)
@@ -518,10 +526,10 @@ class GPT(nn.Module):
         return self.head(self.hidden(ids, doc, cache, positions))
 
     def flops_per_token(self):
-        """Forward and backward FLOPs a token: 6 per weight in a product + attention. Chinchilla, PaLM app. B."""
+        """Forward and backward, as PaLM (arXiv 2204.02311, app. B): 6 a weight + attention."""
         c = self.config
-        weights = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and n != "embed.weight")
-        weights += self.embed.weight.numel() * c.tie_embeddings
+        weights = self.head.weight.numel()
+        weights += sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * c.block_size
 
 
@@ -532,7 +540,7 @@ class GPT(nn.Module):
 def sample(logits, temperature, top_k, top_p, uniform):
     """Next ids (B,) from logits (B, V) by inverting the cumulative distribution at uniform (B,).
 
-    One uniform number a row, so that what a row samples does not depend on its neighbours in the batch.
+    One uniform number a row: what a row samples does not depend on its neighbours in the batch.
     temperature 0 is greedy. top_p keeps the smallest set of tokens whose mass reaches top_p.
     """
     logits = logits.float()
@@ -545,17 +553,17 @@ def sample(logits, temperature, top_k, top_p, uniform):
         probs[probs.cumsum(-1) - probs >= top_p * probs.sum(-1, keepdim=True)] = 0
     cdf = probs.cumsum(dim=-1)
     index = torch.searchsorted(cdf, (uniform[:, None] * cdf[:, -1:]), right=True)
-    last = (probs > 0).sum(dim=-1, keepdim=True) - 1    # rounding must not step past the kept tokens
+    last = (probs > 0).sum(dim=-1, keepdim=True) - 1    # rounding must not leave the kept tokens
     return order.gather(1, index.minimum(last)).squeeze(1)
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), pad_id=0,
-             seed=0, seeds=None, dtype=None):
-    """Continue each prompt (list of ids). Returns ids (B, T) and mask (B, T), right-padded with pad_id.
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(),
+             pad_id=0, seed=0, seeds=None, dtype=None):
+    """Continue each prompt (list of ids): ids (B, T) and mask (B, T), right-padded with pad_id.
 
-    mask is 1 on sampled tokens, the stop token included. Row i draws its numbers from seeds[i] (default
-    seed + i), so a row samples the same alone and in any batch. Rows that stopped leave the batch.
+    mask is 1 on sampled tokens, the stop token included. Row i draws its numbers from seeds[i]
+    (default seed + i): it samples the same alone and in any batch. Rows that stop leave the batch.
     Raises ValueError for an empty prompt or when a row would outgrow the model's block_size.
     """
     config, device = model.config, model.embed.weight.device
@@ -564,7 +572,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     ids, _ = pad_batch(prompts, pad_id)
     B, P = ids.shape
     if P + max_new_tokens > config.block_size:
-        raise ValueError(f"generate: {P} prompt + {max_new_tokens} new tokens exceed block_size {config.block_size}")
+        raise ValueError(f"generate: {P} prompt + {max_new_tokens} new tokens exceed block_size "
+                         f"{config.block_size}")
     ids = F.pad(ids, (0, max_new_tokens), value=pad_id).to(device)
     mask = torch.zeros_like(ids, dtype=torch.float32)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -601,10 +610,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay, betas):
-    """[AdamW] or [Muon for the hidden matrices, AdamW for the rest]; weight decay on matrices of blocks only.
+    """[AdamW], or [Muon for the hidden matrices, AdamW for the rest]; decay on the former only.
 
-    Muon (Jordan et al. 2024) steps along the orthogonalised momentum; its update is scaled to the size of
-    AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both.
+    Muon (Jordan et al. 2024) steps along the orthogonalised momentum; its update is scaled to the
+    size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both.
     """
     params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in params if p.dim() == 2 and "blocks." in n]
@@ -612,14 +621,14 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay, betas):
     groups = [dict(params=others, weight_decay=0.0)]
     result = []
     if optimizer == "muon":
-        result.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, momentum=0.95,
-                                       adjust_lr_fn="match_rms_adamw"))
+        result.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
+                                       momentum=0.95, adjust_lr_fn="match_rms_adamw"))
     elif optimizer == "adamw":
         groups.insert(0, dict(params=matrices, weight_decay=weight_decay))
     else:
         fail(f"--optimizer {optimizer}: choose muon or adamw")
     fused = all(p.device.type in ("cuda", "cpu") for p in others)
-    return [*result, torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=1e-8, fused=fused)]
+    return [*result, torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -627,7 +636,7 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay, betas):
 
 
 def write_atomic(path, write):
-    """Call write(file) on a temporary file beside path, flush it to disk, rename: all or nothing."""
+    """Call write(file) on a temporary file beside path, flush to disk, rename: all or nothing."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -643,18 +652,18 @@ def write_atomic(path, write):
 
 
 def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
-    """One self-contained file: weights in full precision, sizes, tokenizer, settings, and what resuming needs."""
+    """One self-contained file: float32 weights, sizes, tokenizer, settings, what resuming needs."""
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     if model.config.tie_embeddings:
         weights.pop("head.weight")
-    checkpoint = dict(format=1, stage=stage, step=step, model_config=dataclasses.asdict(model.config),
-                      weights=weights, encoding=encoding_to_dict(enc),
+    checkpoint = dict(format=1, stage=stage, step=step, weights=weights,
+                      model_config=dataclasses.asdict(model.config), encoding=encoding_to_dict(enc),
                       stage_config=dataclasses.asdict(stage_config), **extra)
     write_atomic(path, lambda f: torch.save(checkpoint, f))
 
 
 def load_checkpoint(path, made_by):
-    """The dictionary of save_checkpoint, never unpickling code. made_by: the command to name if it is missing."""
+    """What save_checkpoint wrote; code is never unpickled. made_by: the command that makes it."""
     if not Path(path).exists():
         fail(f"{path} does not exist; make it with: {made_by}")
     try:
@@ -684,12 +693,12 @@ def load_model(checkpoint, device):
 
 
 class Log:
-    """One aligned console line and one JSON line per call; the file is `out` with .jsonl for its suffix."""
+    """One console line and one JSON line per call; the file is `out` with .jsonl for its suffix."""
 
     def __init__(self, out, resume_step=None):
         self.path = Path(out).with_suffix(".jsonl")
         lines = []
-        if resume_step is not None and self.path.exists():    # what a killed run logged past its checkpoint
+        if resume_step is not None and self.path.exists():    # drop what came after the checkpoint
             lines = [line for line in self.path.read_text().splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] < resume_step]
         if int(os.environ.get("RANK", 0)) == 0:

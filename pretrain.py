@@ -3,20 +3,21 @@
 In:   out/tokens/ made by prepare.py (several folders can be mixed by weight)
 Out:  out/base.pt (one self-contained checkpoint) and out/base.jsonl (one JSON line per step)
 
-    python pretrain.py                                              # laptop: the embedded data, minutes
-    python pretrain.py --data DIR --depth 12                        # one GPU
+    python pretrain.py                                        # laptop: the embedded data, minutes
+    python pretrain.py --data DIR --depth 12                  # one GPU
     torchrun --standalone --nproc_per_node=8 pretrain.py --data DIR --depth 20
 
-Loss: mean over tokens of -ln p(token | tokens before it), in nats. Validation also reports bits per byte,
-sum of nats / (ln 2 * bytes of text), which compares models across tokenizers.
+Loss: mean over tokens of -ln p(token | tokens before it), in nats. Validation also reports bits per
+byte, the sum of nats / (ln 2 * bytes of text), which compares models across tokenizers.
 
-One dial: --depth N sets width 64 N, N heads of size 64, and from these batch, learning rate, context and
-number of tokens; each can be overridden. --plan prints what follows and trains nothing.
+One dial: --depth N sets the layers, and from it follow width, heads, context, batch, learning rate
+and number of tokens; each can be overridden. --plan prints what follows and trains nothing.
 
-References: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv 2302.13971 (Llama); Hoffmann et al. 2022,
-arXiv 2203.15556 (20 tokens per parameter); Muennighoff et al. 2023, arXiv 2305.16264 (repeated data).
-Differs from the papers in: Muon on the hidden matrices (see model.make_optimizers); output projections
-start at zero; windows come from a shuffled, shifted grid, so each token is seen once an epoch.
+References: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv 2302.13971 (Llama); Hoffmann et
+al. 2022, arXiv 2203.15556 (20 tokens a parameter); Muennighoff et al. 2023, arXiv 2305.16264 (data
+can be repeated); Liu et al. 2024, arXiv 2402.14905 (small models: deep and thin).
+Differs from the papers in: Muon on the hidden matrices (see model.make_optimizers); output
+projections start at zero; windows come from a shuffled, shifted grid: each token once an epoch.
 """
 import dataclasses
 import functools
@@ -41,7 +42,7 @@ from model import (ENDOFTEXT, GPT, GPTConfig, Log, can_compile, cosine_lr, durat
 
 @dataclass
 class Config:
-    data: list[str] = field(default_factory=lambda: ["out/tokens"])  # token folders, DIR or DIR:WEIGHT
+    data: list[str] = field(default_factory=lambda: ["out/tokens"])  # folders, DIR or DIR:WEIGHT
     out: str = "out/base.pt"               # checkpoint to write; the log goes beside it
     init: str = ""                         # checkpoint to continue pretraining from
     resume: bool = False                   # go on from the checkpoint at --out
@@ -69,7 +70,7 @@ class Config:
     beta1: float = 0.9                     # AdamW
     beta2: float = 0.95                    # AdamW
     grad_clip: float = 1.0                 # largest global gradient norm
-    spike: float = 10.0                    # skip a step whose gradient norm is this many times the usual
+    spike: float = 10.0                    # skip a step of so many times the usual gradient norm
     max_skips: int = 5                     # stop after so many skipped steps in a row
     # running
     eval_every: int = 250                  # optimizer steps between validations
@@ -83,26 +84,26 @@ class Config:
 
 
 def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
-    """Fill every None of cfg from depth, or from the checkpoint to continue. Returns (model config, cfg)."""
+    """Fill every None of cfg from depth, or from the checkpoint: (model config, cfg)."""
     c = dataclasses.replace(cfg)
     if checkpoint:
         config = GPTConfig(**{**checkpoint["model_config"], "dropout": c.dropout})
-        c.n_layer, c.n_head, c.n_kv_head, c.n_embd = (config.n_layer, config.n_head, config.n_kv_head,
-                                                      config.n_embd)
+        for name in ("n_layer", "n_head", "n_kv_head", "n_embd"):
+            setattr(c, name, getattr(config, name))
         c.block_size = config.block_size = c.block_size or config.block_size
     else:
         c.n_layer = c.n_layer or c.depth
-        c.n_embd = c.n_embd or 64 * c.depth
+        c.n_embd = c.n_embd or -(-48 * c.n_layer // 64) * 64    # whole heads of 64
         c.n_head = c.n_head or max(1, c.n_embd // 64)
         c.n_kv_head = c.n_kv_head or c.n_head
-        c.block_size = c.block_size or min(2048, 64 * c.depth)
+        c.block_size = c.block_size or min(2048, 64 * c.n_layer)
         try:
             config = GPTConfig(c.block_size, vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.n_embd,
                                tie_embeddings=c.tie_embeddings, dropout=c.dropout)
         except ValueError as e:
             fail(e)
-    c.total_batch_tokens = c.total_batch_tokens or c.block_size * max(8, 2 * c.n_layer)
-    c.learning_rate = c.learning_rate or 0.01 * (256 / c.n_embd) ** 0.5
+    c.total_batch_tokens = c.total_batch_tokens or c.block_size * 2 * c.n_layer * d.world_size
+    c.learning_rate = c.learning_rate or 0.008 * (192 / c.n_embd) ** 0.5
     if c.compile is None:
         c.compile = d.device.type == "cuda"
     if c.max_minutes and c.max_steps:
@@ -113,14 +114,15 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
         c.max_steps = max(1, int(min(20 * n_params, 8 * train_tokens) / c.total_batch_tokens))
     rows = c.total_batch_tokens // c.block_size
     if rows * c.block_size != c.total_batch_tokens or rows % d.world_size:
-        fail(f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of {d.world_size} ranks x "
-             f"--block_size {c.block_size}")
+        fail(f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of {d.world_size} "
+             f"ranks x --block_size {c.block_size}")
     rows //= d.world_size
     limit = 2 ** 13 if d.device.type == "cpu" else 2 ** 15    # tokens a pass
     c.device_batch_size = c.device_batch_size or max(
         n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * c.block_size <= limit))
     if rows % c.device_batch_size:
-        fail(f"{rows} sequences a step and rank are not a multiple of --device_batch_size {c.device_batch_size}")
+        fail(f"{rows} sequences a step and rank are not a multiple of --device_batch_size "
+             f"{c.device_batch_size}")
     return config, c
 
 
@@ -129,7 +131,7 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
 
 
 def open_tokens(spec):
-    """DIR or DIR:WEIGHT -> dict(path, weight, train, val, enc, manifest); arrays are memory-mapped."""
+    """DIR or DIR:WEIGHT -> dict(path, weight, train, val, enc); the arrays are memory-mapped."""
     path, _, weight = spec.rpartition(":")
     try:
         path, weight = (path, float(weight)) if path else (spec, 1.0)
@@ -137,10 +139,11 @@ def open_tokens(spec):
         path, weight = spec, 1.0
     folder = Path(path)
     if not (folder / "manifest.json").exists():
-        fail(f"{path} holds no tokens; make them with: python prepare.py --input FILES --out {path}")
+        fail(f"{path} holds no tokens; make them with: "
+             f"python prepare.py --input FILES --out {path}")
     manifest = json.loads((folder / "manifest.json").read_text())
     enc = encoding_from_dict(json.loads((folder / "encoding.json").read_text()))
-    source = dict(path=path, weight=weight, enc=enc, manifest=manifest)
+    source = dict(path=path, weight=weight, enc=enc)
     for part in ("train", "val"):
         file, dtype = folder / f"{part}.bin", np.dtype(manifest["dtype"])
         if not file.exists() or file.stat().st_size != manifest["tokens"][part] * dtype.itemsize:
@@ -153,7 +156,7 @@ def open_tokens(spec):
 
 
 def draw(sources, taken, n):
-    """The next n (source, index in that source), so that shares follow the weights as closely as they can.
+    """The next n (source, index in that source): shares follow the weights as closely as they can.
 
     taken (list of counts, one a source) is the whole state of the data order, and is updated.
     """
@@ -169,13 +172,13 @@ def draw(sources, taken, n):
 
 @functools.lru_cache(maxsize=16)
 def epoch_order(seed, epoch, n_tokens, block_size):
-    """(shift, order of windows) of one epoch: a grid of windows laid at a random shift over the ring of tokens."""
+    """(shift, order of windows) of one epoch: a grid at a random shift over the ring of tokens."""
     rng = np.random.default_rng((*seed, epoch))
     return int(rng.integers(n_tokens)), rng.permutation((n_tokens - 1) // block_size)
 
 
 def window(tokens, block_size, index, seed):
-    """The index-th window, block_size + 1 ids. Every epoch visits each window of its grid exactly once."""
+    """The index-th window, block_size + 1 ids. An epoch visits each window of its grid once."""
     epoch, i = divmod(index, (len(tokens) - 1) // block_size)
     shift, order = epoch_order(seed, epoch, len(tokens), block_size)
     start = (shift + int(order[i]) * block_size) % len(tokens)
@@ -185,7 +188,8 @@ def window(tokens, block_size, index, seed):
 
 def get_batch(sources, picks, block_size, seed, device):
     """Windows as ids (B, T) and targets (B, T), the same windows one token later."""
-    batch = torch.from_numpy(np.stack([window(sources[s]["train"], block_size, i, (seed, s)) for s, i in picks]))
+    rows = [window(sources[s]["train"], block_size, i, (seed, s)) for s, i in picks]
+    batch = torch.from_numpy(np.stack(rows))
     if device.type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)
     return batch[:, :-1].to(device), batch[:, 1:].to(device)
@@ -199,28 +203,29 @@ def documents(ids, enc):
 
 @torch.no_grad()
 def evaluate(model, sources, cfg, d):
-    """(nats per token, bits per byte) over fixed windows of all validation text, split over the ranks."""
+    """(nats per token, bits per byte) over fixed windows of all validation text, over all ranks."""
     T, enc = cfg.block_size, sources[0]["enc"]
     windows = [(s["val"], i) for s in sources for i in range(0, len(s["val"]) - 1, T)]
     windows = windows[::max(1, math.ceil(len(windows) * T / cfg.eval_tokens))][d.rank::d.world_size]
     sizes = token_bytes(enc).to(d.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=d.device)    # nats, tokens, nats of text, bytes
+    sums = torch.zeros(4, dtype=torch.float64)    # nats, tokens, nats of text, bytes of text
     model.eval()
     for start in range(0, len(windows), cfg.device_batch_size):
-        ids = torch.zeros(cfg.device_batch_size, T + 1, dtype=torch.long)    # one shape: compiled once
+        ids = torch.zeros(cfg.device_batch_size, T + 1, dtype=torch.long)    # compiled once
         mask = torch.zeros(cfg.device_batch_size, T)
         for row, (tokens, i) in enumerate(windows[start:start + cfg.device_batch_size]):
             piece = torch.from_numpy(tokens[i:i + T + 1].astype(np.int64))
             ids[row, :len(piece)], mask[row, :len(piece) - 1] = piece, 1
-        ids, mask = ids.to(d.device), mask.to(d.device).double()
+        ids, mask = ids.to(d.device), mask.to(d.device)
         x, y = ids[:, :-1], ids[:, 1:]
         with d.autocast():
             logits = model(x, documents(x, enc) if cfg.doc_mask else None)
-        nats = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-        nats, text = nats * mask, mask * (sizes[y] > 0)
-        sums += torch.stack([nats.sum(), mask.sum(), (nats * text).sum(), (sizes[y] * text).sum()])
+        nats = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
+        nats, text = nats.view(y.shape) * mask, mask * (sizes[y] > 0)
+        sums += torch.stack([z.sum().double().cpu() for z in
+                             (nats, mask, nats * text, sizes[y] * text)])
     model.train()
-    nats, tokens, text_nats, n_bytes = sum_over_ranks(sums.cpu() if d.device.type == "mps" else sums).tolist()
+    nats, tokens, text_nats, n_bytes = sum_over_ranks(sums, d).tolist()
     return nats / tokens, text_nats / math.log(2) / max(1, n_bytes)
 
 
@@ -253,27 +258,32 @@ def clock_of_rank0(seconds, d):
 def plan(cfg, config, n_params, flops, train_tokens):
     """Say what the settings amount to; with --plan also memory per GPU and hours."""
     steps, tokens = cfg.max_steps, (cfg.max_steps or 0) * cfg.total_batch_tokens
-    print0(f"model: {n_params:,} parameters: {config.n_layer} layers x {config.n_embd}, {config.n_head} heads "
-           f"({config.n_kv_head} for keys), context {config.block_size}, vocabulary {config.vocab_size}")
-    print0(f"run: {cfg.max_minutes:g} minutes in steps of {cfg.total_batch_tokens:,} tokens" if cfg.max_minutes
-           else f"run: {steps:,} steps x {cfg.total_batch_tokens:,} tokens = {tokens:,} tokens, "
-                f"{tokens / n_params:.1f} per parameter, {tokens / max(1, train_tokens):.1f} epochs, "
-                f"{tokens * flops:.2g} FLOPs")
-    print0(f"optimizer: {cfg.optimizer}, peak learning rate {cfg.learning_rate:.2g}, {cfg.device_batch_size} "
-           f"sequences a pass, {cfg.warmup:.0%} warm-up, clip {cfg.grad_clip:g}, decay {cfg.weight_decay:g}")
+    print0(f"model: {n_params:,} parameters: {config.n_layer} layers x {config.n_embd}, "
+           f"{config.n_head} heads ({config.n_kv_head} for keys), context {config.block_size}, "
+           f"vocabulary {config.vocab_size}")
+    if steps:
+        print0(f"run: {steps:,} steps x {cfg.total_batch_tokens:,} tokens = {tokens:,} tokens, "
+               f"{tokens / n_params:.1f} per parameter, {tokens / max(1, train_tokens):.1f} "
+               f"epochs, {tokens * flops:.2g} FLOPs")
+    else:
+        print0(f"run: {cfg.max_minutes:g} minutes in steps of {cfg.total_batch_tokens:,} tokens")
+    print0(f"optimizer: {cfg.optimizer}, peak learning rate {cfg.learning_rate:.2g}, "
+           f"{cfg.device_batch_size} sequences a pass, {cfg.warmup:.0%} warm-up, "
+           f"clip {cfg.grad_clip:g}, decay {cfg.weight_decay:g}")
     if not cfg.plan:
         return
-    # float32 bytes a parameter: weight 4, gradient 4, AdamW 8 or Muon 4 moments; the bf16 copy autocast makes 2
-    state = 4 if cfg.optimizer == "muon" else 8
-    # activations autograd keeps, bf16, per token and layer: about 17 C + 5 hidden; logits: float32 twice
+    # Bytes a parameter: weight 4, gradient 4, its bf16 copy 2, moments 8 for AdamW or 4 for Muon.
+    moments = 4 if cfg.optimizer == "muon" else 8
+    # What autograd keeps: bf16, per token and layer about 17 C + 5 hidden; logits twice in float32.
     rows = cfg.device_batch_size * config.block_size
-    kept = rows * (config.n_layer * 2 * (17 * config.n_embd + 5 * config.n_hidden) + 8 * config.vocab_size)
-    print0("\nGPUs   memory per GPU, GB: DDP   ZeRO-1    FSDP   hours at 40 % of an H100's 989 TFLOP/s")
+    kept = rows * (config.n_layer * 2 * (17 * config.n_embd + 5 * config.n_hidden)
+                   + 8 * config.vocab_size)
+    print0("\nGPUs   GB per GPU:  DDP  ZeRO-1    FSDP   hours at 40 % of an H100's 989 TFLOP/s")
     for n in (1, 8, 64):
         ddp, zero1, fsdp = ((n_params * b + kept) / 1e9 for b in
-                            (10 + state, 10 + state / n, 2 + (8 + state) / n))
+                            (10 + moments, 10 + moments / n, 2 + (8 + moments) / n))
         hours = f"{tokens * flops / (0.4 * 989e12 * n) / 3600:.3g}" if steps else "-"
-        print0(f"{n:4d} {ddp:28.1f} {zero1:8.1f} {fsdp:7.1f}   {hours}")
+        print0(f"{n:4d} {ddp:17.1f} {zero1:7.1f} {fsdp:7.1f}   {hours}")
 
 
 def main(cfg):
@@ -281,10 +291,9 @@ def main(cfg):
 
     # data
     if cfg.data == Config().data and not Path(cfg.data[0], "manifest.json").exists():
-        if d.is_master:
-            print0(f"no tokens in {cfg.data[0]} yet: preparing the embedded data first")
-            import prepare
-            prepare.main(prepare.Config())
+        print0(f"no tokens in {cfg.data[0]} yet: preparing the embedded data first")
+        import prepare
+        prepare.main(prepare.Config())
         if d.world_size > 1:
             dist.barrier()
     sources = [open_tokens(spec) for spec in cfg.data]
@@ -295,11 +304,11 @@ def main(cfg):
 
     # model
     checkpoint = None
-    if cfg.resume or cfg.init:
-        checkpoint = load_checkpoint(cfg.out if cfg.resume else cfg.init, "python pretrain.py")
+    if start_from := cfg.out if cfg.resume else cfg.init:
+        checkpoint = load_checkpoint(start_from, "python pretrain.py")
         if encoding_hash(encoding_from_dict(checkpoint["encoding"])) != encoding_hash(enc):
-            fail(f"{cfg.out if cfg.resume else cfg.init} was trained with another tokenizer than {cfg.data[0]}; "
-                 f"prepare the text again with --tokenizer {cfg.out if cfg.resume else cfg.init}")
+            fail(f"{start_from} was trained with another tokenizer than {cfg.data[0]}; prepare the "
+                 f"text again with --tokenizer {start_from}")
     config, cfg = derive(cfg, d, enc.n_vocab, train_tokens, checkpoint)
     for s in sources:
         if len(s["train"]) <= cfg.block_size:
@@ -318,8 +327,9 @@ def main(cfg):
     optimizers = make_optimizers(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay,
                                  (cfg.beta1, cfg.beta2))
 
-    # state: everything a resumed run needs besides the weights
-    state = dict(step=0, taken=[0] * len(sources), seconds=0.0, usual_norm=None, skipped=0, skips_in_row=0)
+    # state: everything a resumed run needs besides weights and moments
+    state = dict(step=0, taken=[0] * len(sources), seconds=0.0, usual_norm=None, skipped=0,
+                 skips_in_row=0)
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
@@ -327,24 +337,26 @@ def main(cfg):
         print0(f"resuming {cfg.out} at step {state['step']}")
     log = Log(cfg.out, state["step"] if cfg.resume else None)
     peak, how = peak_flops(d)
-    print0(f"peak for MFU: {peak / 1e12:.2f} TFLOP/s a rank ({how})")
+    peak *= d.world_size
+    print0(f"peak for MFU: {peak / 1e12:.2f} TFLOP/s ({how})")
 
     def save():
         if d.is_master:
             save_checkpoint(cfg.out, raw, "pretrain", state["step"], enc, cfg, state=state,
                             optimizers=[opt.state_dict() for opt in optimizers])
 
-    rows_per_step = cfg.total_batch_tokens // cfg.block_size
-    micro_steps = rows_per_step // (cfg.device_batch_size * d.world_size)
-    started, spent = time.perf_counter() - state["seconds"], []    # spent: seconds of steps since the last line
+    micro_steps = cfg.total_batch_tokens // (cfg.block_size * cfg.device_batch_size * d.world_size)
+    started, spent = time.perf_counter() - state["seconds"], []    # spent: since the last line
     for step in itertools.count(state["step"]):
-        state["step"], state["seconds"] = step, time.perf_counter() - started
-        progress = step / cfg.max_steps if cfg.max_steps else clock_of_rank0(state["seconds"], d) / (60 * cfg.max_minutes)
+        state.update(step=step, seconds=time.perf_counter() - started)
+        progress = step / cfg.max_steps if cfg.max_steps else (
+            clock_of_rank0(state["seconds"], d) / (60 * cfg.max_minutes))
         last = progress >= 1
 
         if last or step and step % cfg.eval_every == 0:
             nats, bpb = evaluate(model, sources, cfg, d)
-            log(f"step {step:6d} | val {nats:.4f} nats/token, {bpb:.4f} bits/byte" + sample_text(raw, sources, cfg, d),
+            log(f"step {step:6d} | val {nats:.4f} nats/token, {bpb:.4f} bits/byte"
+                + sample_text(raw, sources, cfg, d),
                 step=step, val_loss=nats, val_bpb=bpb, seconds=state["seconds"])
         if last or step and step % cfg.save_every == 0:
             save()
@@ -352,30 +364,38 @@ def main(cfg):
             break
 
         seed_step(cfg.seed, step, d.rank)    # dropout is the only draw below
-        lr = cosine_lr(progress + 0.5 / (cfg.max_steps or math.inf), cfg.warmup, cfg.learning_rate,
+        half_a_step = 0.5 / cfg.max_steps if cfg.max_steps else 0
+        lr = cosine_lr(progress + half_a_step, cfg.warmup, cfg.learning_rate,
                        cfg.min_lr * cfg.learning_rate)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
 
-        step_started, loss_sum = time.perf_counter(), torch.zeros((), device=d.device)
-        picks = draw(sources, state["taken"], rows_per_step)
+        step_started = time.perf_counter()
+        loss = torch.zeros((), device=d.device)
+        picks = draw(sources, state["taken"], cfg.total_batch_tokens // cfg.block_size)
         for micro in range(micro_steps):
             at = (micro * d.world_size + d.rank) * cfg.device_batch_size
-            x, y = get_batch(sources, picks[at:at + cfg.device_batch_size], cfg.block_size, cfg.seed, d.device)
+            x, y = get_batch(sources, picks[at:at + cfg.device_batch_size], cfg.block_size,
+                             cfg.seed, d.device)                                  # (B, T) each
             if d.world_size > 1:    # exchange gradients once, after the last micro-step
                 model.require_backward_grad_sync = micro == micro_steps - 1
             with d.autocast():
                 logits = model(x, documents(x, enc) if cfg.doc_mask else None)    # (B, T, V)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum") / cfg.total_batch_tokens
-            (loss * d.world_size).backward()    # DDP averages over ranks; the loss is a mean over all tokens
-            loss_sum += loss.detach()
-        loss = sum_over_ranks(loss_sum).item()
+            nats = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
+            part = nats / cfg.total_batch_tokens    # of the mean over the tokens of all ranks
+            (part * d.world_size).backward()        # because DDP averages over ranks
+            loss += part.detach()
+        loss = sum_over_ranks(loss, d).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip).item()
 
         usual = state["usual_norm"]
-        bad = not math.isfinite(loss + grad_norm) or step > 20 and usual and grad_norm > cfg.spike * usual
-        if not bad:
+        bad = not math.isfinite(loss + grad_norm) or (
+            step > 20 and usual is not None and grad_norm > cfg.spike * usual)
+        if bad:
+            print0(f"step {step}: skipped, loss {loss:.4g}, gradient norm {grad_norm:.3g} "
+                   f"(usual {usual or 0:.3g})")
+        else:
             for opt in optimizers:
                 opt.step()
             state["usual_norm"] = grad_norm if usual is None else 0.95 * usual + 0.05 * grad_norm
@@ -383,30 +403,31 @@ def main(cfg):
             opt.zero_grad(set_to_none=True)
         state["skipped"] += bad
         state["skips_in_row"] = state["skips_in_row"] + 1 if bad else 0
-        if bad:
-            print0(f"step {step}: skipped, loss {loss:.4g}, gradient norm {grad_norm:.3g} (usual {usual or 0:.3g})")
         if state["skips_in_row"] >= cfg.max_skips:
             state["step"] = step + 1
             save()
-            fail(f"{cfg.max_skips} steps in a row were non-finite or spiking, the last at step {step} on windows "
-                 f"{[i for _, i in picks[:4]]}... of {cfg.data[0]}. The weights from before are in {cfg.out}; "
-                 f"try a lower --learning_rate, or look at that text")
+            where = f"windows {[i for _, i in picks[:4]]}... of {cfg.data[picks[0][0]]}"
+            fail(f"{cfg.max_skips} steps in a row were non-finite or spiking, the last at step "
+                 f"{step} on {where}. The weights from before are in {cfg.out}; lower "
+                 f"--learning_rate or look at that text")
 
         spent.append(time.perf_counter() - step_started)
         rate = cfg.total_batch_tokens / spent[-1]
-        mfu = rate * flops / (peak * d.world_size)
         line = ""
         if step % cfg.log_every == 0:
-            rate_shown = cfg.total_batch_tokens * len(spent) / sum(spent)
+            mean = sum(spent) / len(spent)
             left = (1 - progress) * 60 * cfg.max_minutes if cfg.max_minutes else (
-                (cfg.max_steps - step) * sum(spent) / len(spent))
-            line = (f"step {step:6d} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:7.3f} | {rate_shown:9,.0f} tok/s | "
-                    f"mfu {rate_shown * flops / (peak * d.world_size):5.1%} | eta {duration(left)}")
+                (cfg.max_steps - step) * mean)
+            shown = cfg.total_batch_tokens / mean
+            line = (f"step {step:6d} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:6.3f} | "
+                    f"{shown:9,.0f} tok/s | mfu {shown * flops / peak:5.1%} | "
+                    f"eta {duration(left)}")
             spent = []
-        log(line, step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=rate, mfu=mfu,
-            seconds=time.perf_counter() - started, **({"skipped": state["skipped"]} if bad else {}))
+        log(line, step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=rate,
+            mfu=rate * flops / peak, seconds=time.perf_counter() - started,
+            **(dict(skipped=state["skipped"]) if bad else {}))
 
-    print0(f"done: {cfg.out}, {step:,} steps, {step * cfg.total_batch_tokens:,} tokens in "
+    print0(f"done: {cfg.out}: {step:,} steps, {step * cfg.total_batch_tokens:,} tokens in "
            f"{duration(state['seconds'])}, {state['skipped']} steps skipped")
     return dict(val_loss=nats, val_bpb=bpb)
 

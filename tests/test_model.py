@@ -379,7 +379,7 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
     assert (checkpoint["stage"], checkpoint["step"], checkpoint["stage_config"]["rate"]) == ("pretrain", 7, 0.5)
     assert "make it with: python pretrain.py" in error(m.load_checkpoint, tmp_path / "no.pt", "python pretrain.py")
     for name, data in (("junk.pt", b"junk"), ("cut.pt", path.read_bytes()[:-500]),
-                       ("code.pt", pickle.dumps({"weights": print, "model_config": {}}))):
+                       ("code.pt", pickle.dumps({"weights": print, "model_config": {}}, protocol=2))):
         (tmp_path / name).write_bytes(data)
         assert "not a checkpoint" in error(m.load_checkpoint, tmp_path / name, "")
     checkpoint["weights"]["norm.weight"] = torch.ones(5)

@@ -7,6 +7,7 @@ Shapes: B batch, T time, S cached time, C channels, H heads, K key heads, D head
 Conventions: padding is on the right; masks are 1 where a token counts; log-probs are float32 nats.
 """
 import argparse
+import atexit
 import base64
 import ctypes
 import dataclasses
@@ -17,6 +18,7 @@ import math
 import os
 import platform
 import re
+import resource
 import sys
 import time
 import types
@@ -56,8 +58,11 @@ def parse_args(Config, argv=None):
     """Turn a dataclass into a command line: `--field value`, booleans `--field` / `--no-field`.
 
     The trailing comment of each field is its help text, so that code and --help cannot disagree.
-    Returns a Config; unknown flags and bad values end the program with one line.
+    Returns a Config; unknown flags, bad values and Ctrl-C end the program with one line.
     """
+    sys.excepthook = lambda kind, e, trace: (
+        print("\ninterrupted; a stage that trains goes on with --resume", file=sys.stderr)
+        if kind is KeyboardInterrupt else sys.__excepthook__(kind, e, trace))
     doc = inspect.getdoc(sys.modules[Config.__module__]) or ""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -115,6 +120,7 @@ def setup(seed, precision="auto"):
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     torch.manual_seed(seed)
     dtype, why = pick_precision(device, precision)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
@@ -175,6 +181,14 @@ def sum_over_ranks(x, d):
     total = x.to(d.device)
     dist.all_reduce(total)
     return total
+
+
+def peak_memory(d):
+    """Most memory this process held so far, as text."""
+    if d.device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(d.device) / 1e9:.2f} GB of GPU memory"
+    unit = 1 if sys.platform == "darwin" else 1024    # macOS counts bytes, Linux kilobytes
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
 
 
 def peak_flops(d):
@@ -706,8 +720,11 @@ class Log:
 
     def __call__(self, line, **metrics):
         if int(os.environ.get("RANK", 0)) == 0:
-            with open(self.path, "a") as f:
-                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
-                                    for k, v in metrics.items()}) + "\n")
+            row = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+            try:
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+            except OSError as e:
+                fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
             if line:
                 print0(line)

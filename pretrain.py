@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (ENDOFTEXT, GPT, GPTConfig, Log, can_compile, cosine_lr, duration,
                    encoding_from_dict, encoding_hash, fail, generate, load_checkpoint, load_weights,
-                   make_optimizers, parse_args, peak_flops, print0, save_checkpoint, seed_step,
-                   setup, sum_over_ranks, token_bytes)
+                   make_optimizers, parse_args, peak_flops, peak_memory, print0, save_checkpoint,
+                   seed_step, setup, sum_over_ranks, token_bytes)
 
 
 @dataclass
@@ -205,8 +205,9 @@ def documents(ids, enc):
 def evaluate(model, sources, cfg, d):
     """(nats per token, bits per byte) over fixed windows of all validation text, over all ranks."""
     T, enc = cfg.block_size, sources[0]["enc"]
-    windows = [(s["val"], i) for s in sources for i in range(0, len(s["val"]) - 1, T)]
-    windows = windows[::max(1, math.ceil(len(windows) * T / cfg.eval_tokens))][d.rank::d.world_size]
+    stride = T * math.ceil(sum(len(s["val"]) for s in sources) / cfg.eval_tokens)
+    windows = [(s["val"], i) for s in sources for i in range(0, len(s["val"]) - 1, stride)]
+    windows = windows[d.rank::d.world_size]
     sizes = token_bytes(enc).to(d.device)
     sums = torch.zeros(4, dtype=torch.float64)    # nats, tokens, nats of text, bytes of text
     model.eval()
@@ -222,7 +223,7 @@ def evaluate(model, sources, cfg, d):
             logits = model(x, documents(x, enc) if cfg.doc_mask else None)
         nats = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
         nats, text = nats.view(y.shape) * mask, mask * (sizes[y] > 0)
-        sums += torch.stack([z.sum().double().cpu() for z in
+        sums += torch.stack([z.sum().cpu().double() for z in
                              (nats, mask, nats * text, sizes[y] * text)])
     model.train()
     nats, tokens, text_nats, n_bytes = sum_over_ranks(sums, d).tolist()
@@ -314,6 +315,8 @@ def main(cfg):
         if len(s["train"]) <= cfg.block_size:
             fail(f"{s['path']} has {len(s['train'])} training tokens, fewer than one window of "
                  f"{cfg.block_size} + 1; prepare more text or lower --block_size")
+    if sum(len(s["val"]) for s in sources) < 2:
+        fail(f"{cfg.data[0]} has no validation text; prepare it with a --val_fraction above 0")
     raw = GPT(config).to(d.device)
     n_params, flops = sum(p.numel() for p in raw.parameters()), raw.flops_per_token()
     plan(cfg, config, n_params, flops, train_tokens)
@@ -323,7 +326,8 @@ def main(cfg):
         load_weights(raw, checkpoint)
     model = torch.compile(raw) if cfg.compile and can_compile(d.device) else raw
     if d.world_size > 1:
-        model = DDP(model, device_ids=[d.local_rank] if d.device.type == "cuda" else None)
+        model = DDP(model, device_ids=[d.local_rank] if d.device.type == "cuda" else None,
+                    broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizers = make_optimizers(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay,
                                  (cfg.beta1, cfg.beta2))
 
@@ -334,7 +338,9 @@ def main(cfg):
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             opt.load_state_dict(saved)
-        print0(f"resuming {cfg.out} at step {state['step']}")
+        changed = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in checkpoint["stage_config"].items()
+                   if k not in ("resume", "out", "init") and v != getattr(cfg, k)]
+        print0(f"resuming {cfg.out} at step {state['step']}", *changed, sep="; changed: ")
     log = Log(cfg.out, state["step"] if cfg.resume else None)
     peak, how = peak_flops(d)
     peak *= d.world_size
@@ -428,7 +434,8 @@ def main(cfg):
             **(dict(skipped=state["skipped"]) if bad else {}))
 
     print0(f"done: {cfg.out}: {step:,} steps, {step * cfg.total_batch_tokens:,} tokens in "
-           f"{duration(state['seconds'])}, {state['skipped']} steps skipped")
+           f"{duration(state['seconds'])}, {state['skipped']} steps skipped, "
+           f"at most {peak_memory(d)}")
     return dict(val_loss=nats, val_bpb=bpb)
 
 

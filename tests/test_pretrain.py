@@ -296,6 +296,9 @@ def test_user_errors_are_one_line(tokens, tmp_path):
     prepare.main(prepare.Config(input=[str(tmp_path / "t.txt")], out=other, tokenizer="chars", clean=False))
     assert "another tokenizer" in change(init=cfg.out, data=[other])
     assert "different tokenizers" in change(data=[tokens, other])
+    prepare.main(prepare.Config(input=[str(tmp_path / "t.txt")], out=other, tokenizer="bytes", clean=False,
+                                val_fraction=0.0))
+    assert "no validation text" in change(data=[other])
     (Path(other) / "train.bin").write_bytes(b"1")
     assert "run prepare.py again" in change(data=[other])
 

@@ -500,7 +500,7 @@ class GPT(nn.Module):
             if p.dim() == 2:    # keep the variance; what writes to the residual stream starts at 0
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.0 if writes else p.shape[1] ** -0.5)
-        nn.init.normal_(self.embed.weight, std=1.0 if not config.tie_embeddings else 0.02)
+        nn.init.normal_(self.embed.weight, std=0.02 if config.tie_embeddings else 1.0)
         nn.init.normal_(self.head.weight, std=0.02 * config.n_embd ** -0.5)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight

@@ -293,8 +293,9 @@ def main(cfg):
     # data
     if cfg.data == Config().data and not Path(cfg.data[0], "manifest.json").exists():
         print0(f"no tokens in {cfg.data[0]} yet: preparing the embedded data first")
-        import prepare
-        prepare.main(prepare.Config())
+        if d.is_master:
+            import prepare
+            prepare.main(prepare.Config())
         if d.world_size > 1:
             dist.barrier()
     sources = [open_tokens(spec) for spec in cfg.data]

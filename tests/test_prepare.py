@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import regex
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare
 from model import ENDOFTEXT, GPT4_SPLIT, encoding_from_dict, encoding_hash, make_encoding
@@ -37,7 +37,7 @@ def run(tmp_path, files, **flags):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     folder.mkdir(exist_ok=True)
     out = tmp_path / "tokens"
-    prepare.main(Config(**{**dict(input=[str(folder)], out=str(out), tokenizer="bytes"), **flags}))
+    prepare.main(Config(**{**dict(input=[str(folder)], out=str(out), tokenizer="bytes", skip=["language"], web="none", eval="none"), **flags}))
     return out
 
 
@@ -150,7 +150,7 @@ def test_bpe_incremental_equals_recount():
 def test_encoding_equals_an_independent_one():
     """tiktoken with our ranks gives other ids than the definition of BPE does."""
     text = words_of(1, 2000) + "".join(NASTY)
-    enc = prepare.trained_tokenizer([text], 400)
+    enc = prepare.trained_tokenizer(prepare.count_pieces([text]), 400)
     assert enc.n_vocab == 400
     for s in [*NASTY, text[:3000]]:
         assert enc.encode_ordinary(s) == slow_encode(enc._mergeable_ranks, s), repr(s)
@@ -175,8 +175,8 @@ def test_counting_by_words_is_exact():
 def test_encode_round_trip_without_control_tokens(name):
     """Text that spells a control token became one, or a text changed on its way through the tokenizer."""
     texts = [t for t in NASTY if t] + ["plain text"] * 3
-    enc = {"bytes": lambda: prepare.named_tokenizer("bytes"), "chars": lambda: prepare.chars_tokenizer(texts),
-           "bpe": lambda: prepare.trained_tokenizer(texts, 270)}[name]()
+    enc = {"bytes": lambda: prepare.named_tokenizer("bytes"), "chars": lambda: prepare.chars_tokenizer(set().union(*texts)),
+           "bpe": lambda: prepare.trained_tokenizer(prepare.count_pieces(texts), 270)}[name]()
     ids, ends = prepare.encode(enc, texts)
     stop = enc._special_tokens[ENDOFTEXT]
     assert (np.flatnonzero(np.isin(ids, list(enc._special_tokens.values()))) == ends - 1).all()
@@ -188,21 +188,21 @@ def test_encode_round_trip_without_control_tokens(name):
 def test_long_texts_encode_as_if_whole(monkeypatch):
     """Cutting a long text into pieces, to save memory, changed its tokens."""
     text = words_of(2, 5000).replace("ta", "ta\n").replace("b", "1! ") + "   \n\n x" * 5
-    enc = prepare.trained_tokenizer([text], 500)
+    enc = prepare.trained_tokenizer(prepare.count_pieces([text]), 500)
     monkeypatch.setattr(prepare, "PIECE", 6000)
-    assert len(list(prepare.cut_text(text))) > 3
+    assert len(list(prepare.cut_text(text, 6000))) > 3
     ids, ends = prepare.encode(enc, [text])
     assert ids[:-1].tolist() == enc.encode_ordinary(text) and ends.tolist() == [len(ids)]
-    assert "".join(prepare.cut_text("x" * 20000)) == "x" * 20000
+    assert "".join(prepare.cut_text("x" * 20000, 6000)) == "x" * 20000
 
 
 def test_vocabulary_is_what_was_asked_for():
     """--vocab_size means the final number of ids, control tokens included; asking for too many must say so."""
     text = words_of(3, 20000)
-    assert prepare.trained_tokenizer([text], 1024).n_vocab == 1024
-    assert prepare.trained_tokenizer([text], 1300).n_vocab == 1344    # a multiple of 64, filled with merges
-    assert "at most" in error(prepare.trained_tokenizer, ["too little text, too little text"], 1024)
-    assert "at least 260" in error(prepare.trained_tokenizer, ["x"], 100)
+    assert prepare.trained_tokenizer(prepare.count_pieces([text]), 1024).n_vocab == 1024
+    assert prepare.trained_tokenizer(prepare.count_pieces([text]), 1300).n_vocab == 1344    # a multiple of 64, filled with merges
+    assert "at most" in error(prepare.trained_tokenizer, prepare.count_pieces(["too little text, too little text"]), 1024)
+    assert "at least 260" in error(prepare.trained_tokenizer, Counter(), 100)
 
 
 def test_tokenizers_from_files(tmp_path):
@@ -257,7 +257,8 @@ def test_folder_is_complete_and_the_same_twice(tmp_path):
     before = {f.name: f.read_bytes() for f in out.iterdir()}
     run(tmp_path, {}, tokenizer="train", vocab_size=400)
     assert before == {f.name: f.read_bytes() for f in out.iterdir()}
-    assert sorted(before) == ["encoding.json", "manifest.json", "train.bin", "train.idx", "val.bin", "val.idx"]
+    assert sorted(before) == ["encoding.json", "manifest.json", "train.bin", "train.copies", "train.idx",
+                              "val.bin", "val.idx"]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -295,7 +296,7 @@ def test_exact_duplicates_and_weights(tmp_path):
     out = run(tmp_path, files, val_fraction=0, input=[f"{tmp_path}/raw/a", f"{tmp_path}/raw/b:2"])
     texts, manifest, _ = load(out)
     assert texts == [a, b, b]
-    assert manifest["ledger"]["deduplicate"]["exact duplicate"]["documents"] == 1
+    assert manifest["ledger"]["deduplicate"]["dropped"]["exact_duplicate"]["documents"] == 1
 
 
 # ------------------------------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def test_broken_json_lines(tmp_path):
     lines[77] = '{"text": "cut'
     out = run(tmp_path, {"a.jsonl": "\n".join(lines)}, val_fraction=0)
     texts, manifest, _ = load(out)
-    assert len(texts) == 199 and manifest["ledger"]["read"]["not JSON"]["documents"] == 1
+    assert len(texts) == 199 and manifest["ledger"]["read"]["dropped"]["not JSON"]["documents"] == 1
     lines[10:15] = ["oops"] * 5
     message = error(run, tmp_path, {"a.jsonl": "\n".join(lines)})
     assert "a.jsonl" in message and "line 11" in message and load(out)[0] == texts
@@ -355,7 +356,7 @@ def test_broken_json_lines(tmp_path):
     ({"a.txt": bytes(range(128, 256)) * 20}, {}, "not UTF-8"),
     ({"a.json": "{not json"}, {}, "not JSON"),
     ({"a.jsonl": '{"foo": 1}'}, {}, "fields: foo"),
-    ({"a.txt": "  \n\n "}, {}, "nothing left"),
+    ({"a.txt": "  \n\n "}, {}, "nothing is left"),
     ({"a.txt": "x"}, {"val_fraction": 1.0}, "val_fraction"),
     ({"a.txt": "short"}, {"tokenizer": "train"}, "at most"),
 ])
@@ -399,7 +400,7 @@ def test_one_huge_line(tmp_path):
 def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     """One bad byte loses a document, or passes without a word."""
     texts, manifest, _ = load(run(tmp_path, {"a.txt": b"a fine text with one \xff bad byte"}, val_fraction=0))
-    assert texts == ["a fine text with one \ufffd bad byte"] and manifest["sources"][0]["repaired"] == 1
+    assert texts == ["a fine text with one \ufffd bad byte"] and manifest["sources"][0]["repaired_utf8"] == 1
 
 
 def test_command_line(tmp_path):

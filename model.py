@@ -635,8 +635,9 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay, betas):
     groups = [dict(params=others, weight_decay=0.0)]
     result = []
     if optimizer == "muon":
+        # Three Newton-Schulz steps: at equal time the same loss as five, and less time in the optimizer.
         result.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
-                                       momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+                                       momentum=0.95, ns_steps=3, adjust_lr_fn="match_rms_adamw"))
     elif optimizer == "adamw":
         groups.insert(0, dict(params=matrices, weight_decay=weight_decay))
     else:

@@ -111,7 +111,7 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
     if not c.max_steps and not c.max_minutes:
         with torch.device("meta"):
             n_params = sum(p.numel() for p in GPT(config).parameters())
-        c.max_steps = max(1, int(min(20 * n_params, 8 * train_tokens) / c.total_batch_tokens))
+        c.max_steps = max(1, int(min(20 * n_params, 6 * train_tokens) / c.total_batch_tokens))
     rows = c.total_batch_tokens // c.block_size
     if rows * c.block_size != c.total_batch_tokens or rows % d.world_size:
         fail(f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of {d.world_size} "

@@ -1,11 +1,11 @@
 """Turn raw, dirty text into clean tokens: the first stage, and the most underrated one.
 
-In:   files, folders or globs of .txt .md .jsonl .json .html .warc .wet (each also .gz or .zst) and
-      .parquet, or a data set to download by its short name (tinystories, fineweb-edu, ...)
-Out:  out/tokens/ with train.bin val.bin (little-endian ids), train.idx val.idx (where documents end,
-      uint64), encoding.json (the tokenizer), manifest.json (counts, hashes, settings, and the ledger
-      of what was dropped and why), train.copies (how often each document was found, uint32) and
-      eval_index.npz (hashes of the evaluation items, for evaluate.py)
+In:   files, folders or globs of .txt .md .jsonl .json .html .warc .wet (also .gz .zst), .parquet,
+      or a data set to download by its short name (tinystories, fineweb-edu, ...)
+Out:  out/tokens/ with train.bin val.bin (little-endian ids), train.idx val.idx (where documents
+      end, uint64), encoding.json (the tokenizer), manifest.json (counts, hashes, settings, and the
+      ledger: what was dropped and why), train.copies (how often each document was found, uint32)
+      and eval_index.npz (hashes of the evaluation items, for evaluate.py)
 
     python prepare.py                                    # the embedded data
     python prepare.py --input corpus/ --vocab_size 8192  # your own files
@@ -13,17 +13,17 @@ Out:  out/tokens/ with train.bin val.bin (little-endian ids), train.idx val.idx 
     python prepare.py --input shakespeare.txt --tokenizer chars --no-clean --split tail
 
 Steps: gather, extract, normalise, filter, scrub, deduplicate, decontaminate, split, mix, tokenize.
-Rules made for web pages (Gopher's quality rules, C4, FineWeb) apply to HTML, WARC, WET, and to rows
-that have a url; those against repetition and spam not to rows of questions or chats. See --web.
-Ranks share the folder of --out. Documents longer than 16 MB are cut at a line end.
+Rules made for web pages (Gopher's quality, C4, FineWeb) apply to HTML, WARC, WET and to rows with a
+url, those against repetition and spam not to rows of questions or chats; --web changes that.
+Ranks share the folder of --out. Texts longer than 16 MB are cut at a line end.
 
-What to expect: 2-3 MB/s a core; the same input and seed give the same bytes, on any day and for any
-number of ranks; memory for one chunk of text and 500 bytes a document.
+What to expect: 2-3 MB/s a core; memory for a chunk of text and 500 bytes a document; the same input
+and seed give the same bytes, on any day and for any number of ranks.
 
 Sources: Gopher (arXiv 2112.11446, app. A), C4 (1910.10683), FineWeb (2406.17557) and datatrove,
 jusText (Pomikalek 2011), MinHash in bands as in Lee et al. (2107.06499), GPT-3's decontamination
 (2005.14165, app. C), byte-level BPE (Sennrich et al., 1508.07909; GPT-2) with rustbpe's tie rule.
-Differs: words are whitespace words, and stop words ignore case; an n-gram repeats if it occurs
+Differs: words are what blanks separate; stop words ignore case; an n-gram repeats if it occurs
 twice; a contaminated document goes whole; languages are told by function words, not by fastText;
 toxic pages by the density of insults, not by one word.
 """
@@ -66,19 +66,19 @@ HERE = Path(__file__).parent
 @dataclass
 class Config:
     # input and output
-    input: list[str] = field(default_factory=lambda: ["data/raw/*"])  # PATH[:WEIGHT], see above
+    input: list[str] = field(default_factory=lambda: ["data/raw/*"])  # PATH[:WEIGHT] ...
     out: str = "out/tokens"  # folder to write
     downloads: str = "out/downloads"  # where data sets fetched by name are kept
     dropped: bool = False  # also write dropped.jsonl: every dropped document with its reason
     blocks: bool = False  # in .txt files blank lines separate documents (else a file is one)
     # tokenizer and split
-    tokenizer: str = "train"  # train, bytes, chars, gpt2, a .tiktoken file, our tokens or checkpoint
+    tokenizer: str = "train"  # train, bytes, chars, gpt2, a .tiktoken file, tokens or checkpoint
     vocab_size: int = 2048  # ids of a trained tokenizer, control tokens included
     tokenizer_bytes: float = 2e9  # text to train the tokenizer on, a sample if there is more
-    split: Literal["hash", "tail"] = "hash"  # validation: documents picked by hash, or the text's end
+    split: Literal["hash", "tail"] = "hash"  # validation: documents by hash, or the end of the text
     val_fraction: float = 0.05  # share of the documents (hash) or characters (tail)
     seed: int = 1  # which documents the hash picks
-    mix_power: float = 1.0  # a source's share goes as weight x size ^ power: below 1 lifts small ones
+    mix_power: float = 1.0  # share of a source: weight x size ^ power; below 1 lifts small ones
     # rules
     clean: bool = True  # --no-clean keeps the text as it is
     skip: list[str] = field(default_factory=list)  # rules to leave out, as the ledger names them
@@ -121,7 +121,7 @@ class Config:
 def join():
     """The process group for exchanging numbers on the CPU, None in one process.
 
-    A stage that has a process group of its own calls prepare on one rank, which then works alone."""
+    A stage that has a process group calls prepare on one of its ranks, which then works alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return None
     dist.init_process_group("gloo")
@@ -129,7 +129,7 @@ def join():
 
 
 def gather(x, group):
-    """[x of rank 0, x of rank 1, ...] on every rank; also the place where ranks wait for each other."""
+    """[x of rank 0, x of rank 1, ...] on every rank; also where ranks wait for each other."""
     if group is None:
         return [x]
     every = [None] * dist.get_world_size(group)
@@ -138,7 +138,7 @@ def gather(x, group):
 
 
 def exchange(rows, group):
-    """Send each row (N, c) uint64 to the rank that owns its first number; returns the rows that came."""
+    """Send each row (N, c) uint64 to the rank that owns its first number; returns what came."""
     if group is None:
         return rows
     world = dist.get_world_size(group)
@@ -157,7 +157,8 @@ def exchange(rows, group):
 
 LARGEST = 1 << 28    # bytes of a line, page or record; what is longer is a decompression bomb
 PART = 1 << 24       # bytes; longer .txt and .jsonl files are read in parts, longer texts are cut
-CHUNK = 1 << 26      # bytes; a rank's unit of work
+CHUNK = 1 << 24      # bytes; a rank's unit of work
+ROW, TEXT, PAGE = range(3)    # kinds of text: from the fields of a row, plain text, a web page
 TEXT_FIELDS = ("text", "content", "messages", "conversations", "question answer",
                "instruction input output", "instruction output", "prompt completion",
                "prompt response", "prompt chosen", "chosen", "prompt")
@@ -166,11 +167,11 @@ DATASETS = {    # short name: (address, sha256 where known)
     "tinyshakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
                         "tinyshakespeare/input.txt",
                         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "tinystories": (HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", None),
+    "tinystories": (HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", ""),
     "wikitext": (HUB + "Salesforce/wikitext/resolve/main/wikitext-103-raw-v1/"
-                 "train-00000-of-00002.parquet", None),
-    "fineweb-edu": (HUB + "HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/000_00000.parquet", None),
-}
+                 "train-00000-of-00002.parquet", ""),
+    "fineweb-edu": (HUB + "HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/000_00000.parquet",
+                    "")}
 
 
 def find_sources(cfg):
@@ -182,12 +183,12 @@ def find_sources(cfg):
         if str(path) in DATASETS and not path.exists():
             path = download(*DATASETS[str(path)], cfg.downloads)
         if path.is_file() and file_kind(path) not in READERS:
-            fail(f"{path}: unknown format; prepare reads {' '.join(READERS)}, each also as .gz")
+            fail(f"{path}: unknown format; prepare reads {' '.join(READERS)}, also as .gz or .zst")
         if item in Config().input and not any(Path().glob(item)):
             path = HERE / item    # a run from another folder finds the embedded data
-        files = sorted(f for p in ([path] if path.exists() else Path(path.anchor).glob(
-                                   str(path.relative_to(path.anchor))))
-                       for f in (p.rglob("*") if p.is_dir() else [p])
+        matches = [path] if path.exists() else Path(path.anchor).glob(
+            str(path.relative_to(path.anchor)))
+        files = sorted(f for p in matches for f in (p.rglob("*") if p.is_dir() else [p])
                        if f.is_file() and not f.name.startswith("."))
         unknown += [f.name for f in files if file_kind(f) not in READERS]
         files = [f for f in files if file_kind(f) in READERS]
@@ -206,53 +207,52 @@ def file_kind(path):
 
 
 def plan(sources):
-    """Cut the input into chunks, [(source, file, first byte, end)]: the same for any number of ranks."""
+    """Chunks, lists of (source, file, from byte, to byte): the same for any number of ranks."""
     chunks, size = [[]], 0
     for source, (_, files) in enumerate(sources):
         for path in files:
             length = path.stat().st_size
-            cuts = [0]
-            if path.suffix.lower() in (".txt", ".md", ".jsonl") and length > PART:
-                with open(path, "rb") as f:
-                    if f.read(2) != b"\x1f\x8b":
-                        cuts += [line_start(f, at, path) for at in range(PART, length, PART)]
-            for start, end in zip(cuts, [*cuts[1:], length]):
-                if size > CHUNK or len(chunks[-1]) == 1000:
+            splits = path.suffix.lower() in (".txt", ".md", ".jsonl")
+            for start in range(0, max(1, length), PART if splits else max(1, length)):
+                if size >= CHUNK:
                     chunks, size = [*chunks, []], 0
-                chunks[-1].append((source, path, start, end))
-                size += end - start
+                chunks[-1].append((source, path, start, min(length, start + PART)))
+                size += min(length - start, PART)
     return chunks
 
 
-def line_start(f, at, path):
-    """The first place after `at` where a line starts; in text without lines, one between two words."""
-    f.seek(at)
-    while block := f.read(1 << 20):
-        for mark in (b"\n",) if path.suffix.lower() == ".jsonl" else (b"\n", b" "):
-            if mark in block:
-                return at + block.index(mark) + 1
-        if path.suffix.lower() != ".jsonl":
-            return at + next(i for i, byte in enumerate(block) if byte & 0xC0 != 0x80)
-        at += len(block)
-    return at
+def line_start(f, at, limit):
+    """The first line start from byte `at` on; in text without lines, a place between characters."""
+    if at:
+        f.seek(at - 1)
+        f.readline(limit)
+        while (byte := f.peek(1)[:1]) and byte[0] & 0xC0 == 0x80:
+            f.read(1)
+    return f.tell() if at else 0
 
 
 def read_part(path, start, end, cfg, unreadable):
-    """Yield (number, record) of one part of a file; what cannot be read goes to unreadable(number, why).
+    """Yield (number, record) of one part of a file; others go to unreadable(number, reason).
 
-    More than 1 % of that is an error, and so is a compressed file that ends early."""
+    More than 1 % of those is an error, and so is a compressed file that ends early."""
     seen = bad = 0
     first = None
     try:
         with open(path, "rb") as f:
-            magic = f.read(4)
-            f.seek(start)
+            magic, size = f.read(4), LARGEST + 1
+            f.seek(0)
             if magic[:2] == b"\x1f\x8b":
-                f, end = gzip.GzipFile(fileobj=f), 1 << 62
+                if start:
+                    return    # a compressed file is read as one part
+                f = gzip.GzipFile(fileobj=f)
             elif magic == b"\x28\xb5\x2f\xfd":
-                f, end = io.BufferedReader(optional("zstandard").ZstdDecompressor().stream_reader(
-                    f, read_across_frames=True)), 1 << 62
-            records = READERS[file_kind(path)](f, end - start, cfg)
+                f = io.BufferedReader(optional("zstandard").ZstdDecompressor().stream_reader(
+                    f, read_across_frames=True))
+            elif file_kind(path) in (".txt", ".md", ".jsonl"):
+                limit = -1 if file_kind(path) == ".jsonl" else 1 << 20
+                size = line_start(f, end, limit) - (start := line_start(f, start, limit))
+                f.seek(start)
+            records = READERS[file_kind(path)](f, size, cfg)
             for number, (place, record) in enumerate(records):
                 seen += 1
                 if isinstance(record, dict):
@@ -265,15 +265,15 @@ def read_part(path, start, end, cfg, unreadable):
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         fail(f"{path}: damaged gzip after {seen} documents ({e}); fetch the file again")
     if bad > 0.01 * seen:
-        fail(f"{path}{f' from byte {start}' if start else ''}: {bad} of {seen} records cannot be read, "
-             f"the first at {first}")
+        fail(f"{path}{f' from byte {start}' if start else ''}: {bad} of {seen} records cannot be "
+             f"read, the first at {first}")
 
 
 def optional(package):
     try:
         return __import__(package, fromlist=["x"])
     except ImportError:
-        fail(f"this file needs a package that is not installed: pip install {package.split('.')[0]}")
+        fail(f"this file needs a package: pip install {package.split('.')[0]}")
 
 
 def decode(data, charset=""):
@@ -295,16 +295,18 @@ def record_of(text, broken, kind, **origin):
 
 
 def read_txt(f, size, cfg):
-    data = f.read(min(size, LARGEST + 1))
+    data = f.read(size)
     if len(data) > LARGEST or data[:2] == b"\x1f\x8b":
         yield "its start", "too large unpacked" if len(data) > LARGEST else "gzip inside gzip"
         return
     text, broken = decode(data)
-    for number, block in enumerate(re.split(r"\n(?:[ \t\r]*\n)+", text) if cfg.blocks else [text]):
+    blocks = re.split(r"\n(?:[ \t\r]*\n)+", text) if cfg.blocks else [text]
+    for number, block in enumerate(blocks):
         yield f"block {number + 1}", record_of(block, broken and block.count("\ufffd"), TEXT)
 
 
 def read_jsonl(f, size, cfg):
+    size = size if size <= LARGEST else 1 << 62    # what is unpacked has no known size
     for number in itertools.count(1):
         line = f.readline(LARGEST) if size > 0 else b""
         if not line:
@@ -323,10 +325,11 @@ def read_json(f, size, cfg):
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as e:
-        fail(f"{f.name}: not JSON ({e}); a file with one object a line is named .jsonl")
+        yield "its start", f"not JSON ({e}); a file with one object a line is named .jsonl"
+        return
     if isinstance(rows, dict):
         rows = next((v for v in rows.values() if isinstance(v, list)), [rows])
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
         yield f"item {number + 1}", row_record(row, 0)
 
 
@@ -337,7 +340,7 @@ def read_parquet(f, size, cfg):
 
 
 def row_record(row, broken):
-    """The text of a row: pretraining text, a question with its answer, or a chat; and its origin."""
+    """The text of a row: plain text, a question with its answer, or a chat; and its origin."""
     if isinstance(row, str):
         return record_of(row, broken, TEXT)
     if not isinstance(row, dict):
@@ -345,9 +348,9 @@ def row_record(row, broken):
     for names in TEXT_FIELDS:
         values = [row.get(name) for name in names.split()]
         if all(v is not None for v in values):
+            text = "\n".join(filter(None, map(flatten, values)))
             origin = {k: row[k] for k in ("url", "date", "license") if isinstance(row.get(k), str)}
-            kind = TEXT if names in ("text", "content") else ROW
-            return record_of("\n".join(filter(None, map(flatten, values))), broken, kind, **origin)
+            return record_of(text, broken, TEXT if names in ("text", "content") else ROW, **origin)
     return f"no text (fields: {', '.join(map(str, list(row)[:5]))})"
 
 
@@ -375,7 +378,7 @@ def read_warc(f, size, cfg):
     """WARC 1.x and WET (ISO 28500): web pages, and pages that were already turned into text."""
     for number in itertools.count(1):
         line = f.readline(1 << 16)
-        while line and not line.startswith(b"WARC/"):    # blank lines, or lost after a wrong length
+        while line and not line.startswith(b"WARC/"):    # blank, or lost after a wrong length
             line = f.readline(1 << 16)
         if not line:
             return
@@ -391,7 +394,8 @@ def read_warc(f, size, cfg):
             yield f"record {number}", record_of(*decode(block), PAGE, **origin)
         elif kind == "response":
             body, form = http_body(block)
-            if "html" in form or body[:500].lstrip().lower().startswith((b"<!doctype", b"<html")):
+            html_start = body[:500].lstrip().lower().startswith((b"<!doctype", b"<html"))
+            if "html" in form or html_start:
                 found = re.search(r"charset=([\w-]+)", form)
                 yield f"record {number}", html_record(body, found[1] if found else "", **origin)
 
@@ -410,7 +414,7 @@ def read_headers(f):
 
 
 def http_body(block):
-    """(body, content type) of an HTTP response, chunks joined and compression undone, within bounds."""
+    """(body, content type) of an HTTP response, chunks joined, compression undone within bounds."""
     f = io.BytesIO(block)
     f.readline()
     headers = read_headers(f)
@@ -442,7 +446,8 @@ def download(address, sha256, folder):
     while not path.exists():
         have = before = part.stat().st_size if part.exists() else 0
         try:
-            request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+            wanted = {"Range": f"bytes={have}-"} if have else {}
+            request = urllib.request.Request(address, headers=wanted)
             with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as f:
                 if response.status != 206:    # the server sends it from the start
                     f.truncate(0)
@@ -471,10 +476,10 @@ def download(address, sha256, folder):
 # Extract: the running text of a page, by jusText's rules (links, length, function words)
 
 RAW = {"script", "style", "textarea", "title"}    # what is inside is no markup
-SILENT = {"head", "nav", "header", "footer", "aside", "form", "button", "iframe", "noscript", "select",
-          "svg", "template"}
-BLOCKS = set("""address article blockquote body caption center dd div dl dt figcaption figure h1 h2 h3
-h4 h5 h6 hr html li main ol p pre section table tbody thead tr ul""".split())
+SILENT = set("head nav header footer aside form button iframe noscript select svg template".split())
+HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
+BLOCKS = HEADINGS | set("""address article blockquote body caption center dd div dl dt figcaption
+figure hr html li main ol p pre section table tbody thead tr ul""".split())
 TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)[^<>]*>|<!--|<[!?/][^<>]*>")
 LINE = "\x1e"    # stands for <br>
 
@@ -489,7 +494,8 @@ def html_blocks(page):
     def close(opened):
         nonlocal tag, parts, linked
         text = "".join(parts)
-        lines = text.strip("\n").split(LINE) if pre else (" ".join(x.split()) for x in text.split(LINE))
+        lines = text.strip("\n").split(LINE)
+        lines = lines if pre else (" ".join(line.split()) for line in lines)
         if text := "\n".join(filter(str.strip, lines)):
             blocks.append((tag, text, linked))
         tag, parts, linked = opened, [], 0
@@ -505,7 +511,7 @@ def html_blocks(page):
         pos, name, ends = m.end(), (m[2] or "").lower(), bool(m[1])
         if m[0] == "<!--":
             end = page.find("-->", pos) if comments else -1
-            pos, comments = (end + 3, True) if end >= 0 else (pos, False)    # search in vain but once
+            pos, comments = (end + 3, True) if end >= 0 else (pos, False)    # in vain only once
         elif name in RAW and not ends:
             end = re.compile(f"</{name}", re.I).search(page, pos)
             pos = end.start() if end else len(page)
@@ -533,7 +539,7 @@ def main_text(page):
     for tag, text, linked in blocks:
         words = text.lower().split()
         density = sum(w in ANY_FUNCTION_WORD for w in words) / len(words)
-        if linked > 0.2 * len(text) or "©" in text or linked and len(text) < 70:
+        if linked > 0.2 * len(text) or re.search(r"©\s?\d", text) or linked and len(text) < 70:
             kinds.append("bad")
         elif len(text) < 70 and tag != "pre":
             kinds.append("short")
@@ -546,18 +552,17 @@ def main_text(page):
         return [next((kinds[j] for j in order if kinds[j] not in ignored), "bad")
                 for order in (range(i - 1, -1, -1), range(i + 1, len(kinds)))]
 
-    if not {"good", "near"} & set(kinds):    # a page of a few words: what rules the filters out, they say
+    if not {"good", "near"} & set(kinds):    # a page of a few words; let the rules judge it
         return "\n".join(text for (_, text, _), kind in zip(blocks, kinds) if kind == "short")
     # near-good blocks are good beside good ones (or where there are none), short ones between two
     alone = "good" not in kinds
-    near = ["good" if alone or "good" in around(i, ("short", "near")) else "bad" if k == "near" else k
-            for i, k in enumerate(kinds)]
-    kinds = [new if old == "near" else old for old, new in zip(kinds, near)]
+    near = [alone or "good" in around(i, ("short", "near")) for i in range(len(kinds))]
+    kinds = [k if k != "near" else "good" if n else "bad" for k, n in zip(kinds, near)]
     keep = [k == "good" or k == "short" and around(i, ("short",)) == ["good", "good"]
             for i, k in enumerate(kinds)]
     ahead = 1000    # characters to the next good block; headings close before one stay
     for i in range(len(blocks) - 1, -1, -1):
-        keep[i] |= blocks[i][0] in ("h1", "h2", "h3", "h4", "h5", "h6") and kinds[i] == "short" and ahead < 200
+        keep[i] |= blocks[i][0] in HEADINGS and kinds[i] == "short" and ahead < 200
         ahead = 0 if keep[i] else ahead + len(blocks[i][1])
     return "\n".join(text for (_, text, _), kept in zip(blocks, keep) if kept)
 
@@ -565,7 +570,7 @@ def main_text(page):
 # ------------------------------------------------------------------------------------------------
 # Normalise: for training here, for matching in Words below; the two are never mixed
 
-CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160), 0xFEFF])    # not \t, not \n
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufeff]+")    # not \t, not \n
 TAIL = "".join(chr(i) + bytes([i]).decode("cp1252", "ignore") for i in range(0x80, 0xC0))
 TAIL = f"[{re.escape(TAIL)}]"    # what the second and later bytes of a character look like
 MOJIBAKE = re.compile(f"[\xc2-\xdf]{TAIL}|[\xe0-\xef]{TAIL}{{2}}|[\xf0-\xf4]{TAIL}{{3}}")
@@ -574,8 +579,9 @@ MOJIBAKE = re.compile(f"[\xc2-\xdf]{TAIL}|[\xe0-\xef]{TAIL}{{2}}|[\xf0-\xf4]{TAI
 def repair(text):
     """UTF-8 that was read as cp1252 or latin-1 and written again, put right: "cafÃ©" -> "café"."""
     def fix(m):
+        codes = (c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in m[0])
         try:
-            return b"".join(c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in m[0]).decode()
+            return b"".join(codes).decode()
         except UnicodeDecodeError:
             return m[0]
     return MOJIBAKE.sub(fix, text)
@@ -584,7 +590,7 @@ def repair(text):
 def normalise(text):
     """One kind of line end, NFC, no control characters; quotes, width and case stay as they are."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return unicodedata.normalize("NFC", text).translate(CONTROL).strip()
+    return CONTROL.sub("", unicodedata.normalize("NFC", text)).strip()
 
 
 def utf8(text):
@@ -599,83 +605,85 @@ def utf8(text):
 # What each distinct word looks like, worked out once and looked up by numpy ever after
 
 FUNCTION_WORDS = {code: set(words.split()) for code, words in {
-    "en": """the of and to in is that it was for on with as his he be at by had not are but from have
-    they which one you were all her she there would their we him been has when who will no more if out
-    so what up its about than into them can only other some could these then do any my now over such
-    our me did many must through where your how because each just those very i this or an a before
-    after""",
-    "de": """der die das und ist nicht ein eine einen einem einer zu den dem des mit von auf für im ich
-    sie es er wir ihr sich auch aus bei nach wie oder aber wenn noch wird sind war hat haben nur um am
-    so man über vor zum zur dass daß seine ihre mein alle beim seit ins""",
-    "fr": """le la les un une des du de et est que qui dans pour pas sur au aux avec ce cette il elle
-    nous vous ils ne se sa son ses plus par mais ou où on je à leur comme tout très sont été fait être
-    avoir d'une qu'il c'est j'ai ma mon mes près si""",
-    "es": """el la los las un una de del y que en es por para con no se lo su sus al como más pero o
-    este esta yo le ha sin sobre muy me ya fue son está hay porque cuando todo también entre desde mi
-    nunca si""",
-    "it": """il lo la i gli le un una di del della e che è in per con non si da dal al alla nel nella
-    sono ma come più anche o questo questa ho ha suo sua mi io se tutti molto ci era nei delle dei mia
-    mio sul alle""",
-    "pt": """o a os as um uma de do da dos das e que em no na para com não se por mais como mas ou ao à
-    é seu sua ele ela eu foi são está muito também já quando até isso este esta nos pelo pela""",
-    "nl": """de het een en van ik te dat die in is niet zijn op aan met als voor er maar om hem dan zou
-    of wat mijn dit zo door over ze zich bij ook tot je uit naar heb heeft hebben nog wel geen was wij
-    al haar alle na""",
-    "sv": """och att det som en på är av för med den till inte om ett han men var jag sig från vi så
-    kan när ska hade eller vid hon de har""",
-    "pl": """i w na się z że nie do to jest o jak po co ale za od tak tego przez już dla był być czy są
-    jego jej tym który które""",
-    "tr": """ve bir bu da de için ile ne çok daha gibi ama olarak kadar değil ben sen o var yok her olan
-    sonra mi en ki""",
+    "en": """the of and to in is that it was for on with as his he be at by had not are but from
+    have they which one you were all her she there would their we him been has when who will no
+    more if out so what up its about than into them can only other some could these then do any my
+    now over such our me did many must through where your how because each just those very i this
+    or an a before after""",
+    "de": """der die das und ist nicht ein eine einen einem einer zu den dem des mit von auf für im
+    ich sie es er wir ihr sich auch aus bei nach wie oder aber wenn noch wird sind war hat haben
+    nur um am so man über vor zum zur dass daß seine ihre mein alle beim seit ins""",
+    "fr": """le la les un une des du de et est que qui dans pour pas sur au aux avec ce cette il
+    elle nous vous ils ne se sa son ses plus par mais ou où on je à leur comme tout très sont été
+    fait être avoir d'une qu'il c'est j'ai ma mon mes près si""",
+    "es": """el la los las un una de del y que en es por para con no se lo su sus al como más pero
+    o este esta yo le ha sin sobre muy me ya fue son está hay porque cuando todo también entre
+    desde mi nunca si""",
+    "it": """il lo la i gli le un una di del della e che è in per con non si da dal al alla nel
+    nella sono ma come più anche o questo questa ho ha suo sua mi io se tutti molto ci era nei
+    delle dei mia mio sul alle""",
+    "pt": """o a os as um uma de do da dos das e que em no na para com não se por mais como mas ou
+    ao à é seu sua ele ela eu foi são está muito também já quando até isso este esta pelo pela""",
+    "nl": """de het een en van ik te dat die in is niet zijn op aan met als voor er maar om hem dan
+    zou of wat mijn dit zo door over ze zich bij ook tot je uit naar heb heeft hebben nog wel geen
+    was wij al haar alle na""",
+    "sv": """och att det som en på är av för med den till inte om ett han men var jag sig från vi
+    så kan när ska hade eller vid hon de har""",
+    "pl": """i w na się z że nie do to jest o jak po co ale za od tak tego przez już dla był być
+    czy są jego jej tym który które""",
+    "tr": """ve bir bu da de için ile ne çok daha gibi ama olarak kadar değil ben sen o var yok her
+    olan sonra mi en ki""",
 }.items()}
 ANY_FUNCTION_WORD = set().union(*FUNCTION_WORDS.values())
-SCRIPTS = {"zh": "\u4e00-\u9fff", "ja": "\u3040-\u30ff", "ko": "\uac00-\ud7af", "ru": "\u0400-\u04ff",
-           "ar": "\u0600-\u06ff", "he": "\u0590-\u05ff", "el": "\u0370-\u03ff", "hi": "\u0900-\u097f",
-           "th": "\u0e00-\u0e7f"}
+SCRIPTS = dict(zh="\u4e00-\u9fff", ja="\u3040-\u30ff", ko="\uac00-\ud7af", ru="\u0400-\u04ff",
+               ar="\u0600-\u06ff", he="\u0590-\u05ff", el="\u0370-\u03ff", hi="\u0900-\u097f",
+               th="\u0e00-\u0e7f")
 STOP_WORDS = "the be to of and that have with".split()
-INSULTS = set("""arsehole ass asshole assholes bastard bastards bitch bitches brainless bullshit cretin cunt
-cunts dickhead dimwit dirtbag disgusting dumb dumbass dummy faggot faggots filth filthy fool fools fuck fucked
-fucker fucking garbage hag hate hideous idiot idiotic idiots imbecile jackass jerk lazy liar liars loser losers
-lowlife maggot miserable moron moronic morons motherfucker nigger niggers pathetic pig prick psycho pussy
-retard retarded retards revolting scum scumbag shit shitty slut sluts stinking stupid subhuman suck sucks
-thug thugs trash twat ugly useless vermin vile wanker whore whores worm worthless""".split())
-SALES = set("""amazing approval approved bargain bargains best bonus brand buy buying card cart casino
-cash cheap cheapest checkout cialis claim click code congratulations coupon credit customers deal deals
-debt delivery discount discounted discounts doctors dollars earn exclusive free gift guarantee guaranteed
-hurry instant jackpot limited loan loans lottery lowest lucky money offer offers online order payday
-percent pills pounds price prices prize profit promo purchase refund replica risk sale sales satisfaction
-save savings secret shipping shop stock store subscribe trial trick unbeatable unlock unsubscribe viagra
-visit wholesale win winner winners""".split())
-WORD = np.dtype([("hash", "u8"), ("length", "i4"), ("letters", "?"), ("insult", "?"), ("sales", "?"),
-                 ("stop", "u1"), ("languages", "u2"), ("first", "i4"), ("matches", "i4")])
+INSULTS = set("""arsehole ass asshole assholes bastard bastards bitch bitches brainless bullshit
+cretin cunt cunts dickhead dimwit dirtbag disgusting dumb dumbass dummy faggot faggots filth filthy
+fool fools fuck fucked fucker fucking garbage hag hate hideous idiot idiotic idiots imbecile
+jackass jerk lazy liar liars loser losers lowlife maggot miserable moron moronic morons
+motherfucker nigger niggers pathetic pig prick psycho pussy retard retarded retards revolting scum
+scumbag shit shitty slut sluts stinking stupid subhuman suck sucks thug thugs trash twat ugly
+useless vermin vile wanker whore whores worm worthless""".split())
+SALES = set("""amazing approval approved bargain bargains best bonus brand buy buying card cart
+casino cash cheap cheapest checkout cialis claim click code congratulations coupon credit customers
+deal deals debt delivery discount discounted discounts doctors dollars earn exclusive free gift
+guarantee guaranteed hurry instant jackpot limited loan loans lottery lowest lucky money offer
+offers online order payday percent pills pounds price prices prize profit promo purchase refund
+replica risk sale sales satisfaction save savings secret shipping shop stock store subscribe trial
+trick unbeatable unlock unsubscribe viagra visit wholesale win winner winners""".split())
+WORD = np.dtype([("hash", "u8"), ("length", "i4"), ("letters", "?"), ("insult", "?"),
+                 ("sales", "?"), ("stop", "u1"), ("languages", "u2"), ("first", "i4"),
+                 ("matches", "i4")])
 
 
 class Words(dict):
-    """word -> its row in `table`: Python looks at each distinct word once, then a text is an array.
+    """word -> its row in `table`: Python looks at a distinct word once, then a text is an array.
 
-    `match` has the hashes of the words that matching sees, `matches` of them from `first` on (lower
-    case, numbers as 0, punctuation as blanks, no accents): "Don't" is don and t, "--" is nothing."""
+    `match` has the hashes of the words as matching sees them, `matches` of them from `first` on:
+    lower case, numbers as 0, punctuation as blanks, no accents. "Don't" is don t, "--" nothing."""
 
     def __init__(self):
-        super().__init__()
-        self.table, self.match, self.used, self.size = np.zeros(4096, WORD), np.zeros(4096, "u8"), 0, 0
+        self.table, self.match = np.zeros(4096, WORD), np.zeros(4096, "u8")
+        self.used = self.size = 0
 
     def __missing__(self, word):
         i, plain = len(self), word.lower().strip(".,;:!?()[]\"“”‘’'")
         found = re.sub(r"[\W_]+", " ", re.sub(r"\d+(?:[.,]\d+)?", "0", word.lower()))
-        if not found.isascii():    # no accents, and characters that are words of their own
-            found = "".join(c for c in unicodedata.normalize("NFD", found) if unicodedata.category(c) != "Mn")
+        if not found.isascii():    # no accents; some characters are words of their own
+            found = unicodedata.normalize("NFD", found)
+            found = "".join(c for c in found if unicodedata.category(c) != "Mn")
             found = re.sub(r"([\u3040-\u30ff\u4e00-\u9fff])", r" \1 ", found)
         found = [hash64(utf8(w)) for w in found.split()]
         while i >= len(self.table):
             self.table = np.concatenate([self.table, np.zeros_like(self.table)])
         while self.used + len(found) > len(self.match):
             self.match = np.concatenate([self.match, np.zeros_like(self.match)])
-        self.table[i] = (
-            hash64(utf8(word)), len(word), any(map(str.isalpha, word)), plain in INSULTS, plain in SALES,
-            1 << STOP_WORDS.index(plain) if plain in STOP_WORDS else 0,
-            sum(1 << n for n, known in enumerate(FUNCTION_WORDS.values()) if plain in known),
-            self.used, len(found))
+        stop = 1 << STOP_WORDS.index(plain) if plain in STOP_WORDS else 0
+        languages = sum((plain in known) << n for n, known in enumerate(FUNCTION_WORDS.values()))
+        self.table[i] = (hash64(utf8(word)), len(word), any(map(str.isalpha, word)),
+                         plain in INSULTS, plain in SALES, stop, languages, self.used, len(found))
         self.match[self.used:self.used + len(found)] = found
         self.used, self.size = self.used + len(found), self.size + len(word) + 200
         self[word] = i
@@ -683,8 +691,14 @@ class Words(dict):
 
     def rows(self, text):
         words = text.split()
-        at = np.fromiter(map(self.__getitem__, words), np.int64, len(words))    # may replace the table
+        at = np.fromiter(map(self.__getitem__, words), np.int64, len(words))    # fills the table
         return self.table[at]
+
+    def forget(self):
+        """Keep memory within bounds, however many words there are."""
+        if self.size > 1 << 26:
+            self.clear()
+            self.__init__()
 
     def matching(self, rows):
         """The hashes of a text's matching words, in order."""
@@ -703,7 +717,7 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def growing(hashes, longest):
-    """Yield (n, hashes of all runs of n words), n = 1 ... longest: polynomials that wrap at 64 bits."""
+    """Yield (n, hashes of all runs of n words), n = 1 ... longest: polynomials modulo 2^64."""
     grams = hashes
     for n in range(1, longest + 1):
         if n > 1:
@@ -725,9 +739,9 @@ class Doc:
 
 
 def language(doc, cfg):
-    """Another language, or none: told by function words, and by letters where a script is enough."""
-    if not doc.text.isascii():
-        sample = doc.text[:20_000]
+    """Another language, or none: told by function words, or by the script where that is enough."""
+    sample = doc.text[:20_000]
+    if len(sample.encode("ascii", "ignore")) < 0.8 * len(sample):
         letters = sum(map(str.isalpha, sample))
         for code, script in SCRIPTS.items():
             if len(re.findall(f"[{script}]", sample)) > 0.4 * letters:
@@ -735,13 +749,13 @@ def language(doc, cfg):
     bits = doc.rows["languages"][doc.rows["letters"]]
     if len(bits) < 10:
         return None
-    counts = (bits[:, None] >> np.arange(len(FUNCTION_WORDS), dtype=np.uint16) & 1).sum(axis=0).tolist()
-    hits = dict(zip(FUNCTION_WORDS, counts))
+    counts = (bits[:, None] >> np.arange(len(FUNCTION_WORDS), dtype=np.uint16) & 1).sum(axis=0)
+    hits = dict(zip(FUNCTION_WORDS, counts.tolist()))
     wanted = max((hits.pop(code) for code in cfg.languages if code in hits), default=0)
-    other = max(hits, key=hits.get, default="")
-    if max(wanted, hits.get(other, 0)) < cfg.min_function_words * len(bits):
+    other, most = max(hits.items(), key=lambda item: item[1], default=("", 0))
+    if max(wanted, most) < cfg.min_function_words * len(bits):
         return "no function words"
-    return f"language {other}" if wanted < cfg.min_language * (wanted + hits.get(other, 0)) else None
+    return f"language {other}" if wanted < cfg.min_language * (wanted + most) else None
 
 
 def gopher_quality(doc, cfg):
@@ -758,9 +772,10 @@ def gopher_quality(doc, cfg):
         return "bullets"
     if sum(line.endswith(("...", "…")) for line in lines) > cfg.max_ellipses * len(lines):
         return "ellipses"
-    if np.count_nonzero(rows["letters"]) < cfg.min_letters * n:
+    if np.count_nonzero(rows["letters"]) < cfg.min_letters * words:
         return "few letters"
-    if "en" in cfg.languages and int(np.bitwise_or.reduce(rows["stop"])).bit_count() < cfg.min_stop_words:
+    stop_words = int(np.bitwise_or.reduce(rows["stop"])).bit_count()
+    if "en" in cfg.languages and stop_words < cfg.min_stop_words:
         return "few stop words"
 
 
@@ -779,31 +794,35 @@ def copied(parts):
 
 def gopher_repetition(doc, cfg):
     """Gopher table A1: repeated lines, paragraphs and n-grams of words."""
-    size, length = len(doc.text), doc.rows["length"]
+    size, h, length = len(doc.text), doc.rows["hash"], doc.rows["length"]
     for name, parts in (("lines", doc.lines), ("paragraphs", re.split(r"\n\s*\n", doc.text))):
         count, chars = copied(parts)
         if count > cfg.max_repeated * len(parts) or chars > cfg.max_repeated_chars * size:
             return f"repeated {name}"
     ends = np.concatenate([[0], np.cumsum(length)])
-    for n, grams in growing(doc.rows["hash"], max(COPIED_NGRAM)):
+    at, grams = np.arange(len(h)), h
+    for n in range(2, 11):    # only where n - 1 words repeat can n words repeat
+        at = at[:np.searchsorted(at, len(h) - n + 1)]
+        grams = grams[:len(at)] * FACTOR + h[at + n - 1]
         ordered = np.sort(grams)
-        equal = ordered[1:] == ordered[:-1]
-        if n > 1 and not equal.any():
-            return None    # nothing repeats, so nothing longer does
-        if n in TOP_NGRAM and (1 + np.count_nonzero(equal)) * (n * length.max() + n) > TOP_NGRAM[n] * size:
-            starts = np.flatnonzero(np.concatenate([[True], ~equal, [True]]))
-            counts = np.diff(starts)
-            at = np.flatnonzero(np.isin(grams, ordered[starts[:-1][counts == counts.max()]]))
-            if (ends[at + n] - ends[at] + n - 1).max() * counts.max() > TOP_NGRAM[n] * size:
+        runs = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
+        counts = np.diff(runs)
+        if counts.max(initial=0) < 2:
+            return None
+        if n in TOP_NGRAM:
+            here = at[np.isin(grams, ordered[runs[:-1][counts == counts.max()]])]
+            if (ends[here + n] - ends[here] + n - 1).max() * counts.max() > TOP_NGRAM[n] * size:
                 return f"top {n}-gram"
-        if n in COPIED_NGRAM and np.count_nonzero(equal) * n * length.max() > COPIED_NGRAM[n] * size:
-            seen, total, i, grams = set(), 0, 0, grams.tolist()
-            while i < len(grams):    # left to right: a repeat is counted and stepped over
-                if grams[i] in seen:
-                    total, i = total + ends[i + n] - ends[i], i + n
-                else:
-                    seen.add(grams[i])
-                    i += 1
+        values = ordered[runs[:-1][counts > 1]]
+        again = values[np.searchsorted(values, grams) % len(values)] == grams
+        at, grams = at[again], grams[again]
+        if n in COPIED_NGRAM:
+            seen, total, end = set(), 0, 0
+            for i, gram in zip(at.tolist(), grams.tolist()):    # count a repeat and step over it
+                if i >= end and gram in seen:
+                    total, end = total + ends[i + n] - ends[i], i + n
+                elif i >= end:
+                    seen.add(gram)
             if total > COPIED_NGRAM[n] * size:
                 return f"repeated {n}-grams"
 
@@ -822,12 +841,14 @@ def c4(doc, cfg):
     text = re.sub(r"\[(?:\d{0,4}|edit|citation needed)\]", "", doc.text) if "[" in low else doc.text
     for line in text.split("\n"):
         words = line.split()
-        if words and (len(words) < cfg.c4_line_words or len(line) > 1000 and max(map(len, words)) > 1000):
+        longest = max(map(len, words), default=0) if len(line) > 1000 else 0
+        if words and len(words) < cfg.c4_line_words or longest > 1000:
             continue
-        if words and cfg.c4_end_marks and (not words[-1].endswith(END_MARKS) or words[-1].endswith("...")):
+        last = words[-1] if words else "."
+        if cfg.c4_end_marks and (not last.endswith(END_MARKS) or last.endswith("...")):
             continue
         found = [m for m in marks if m in line.lower()] if marks else []
-        if found[:1] in (["lorem ipsum"], ["{"]):    # in C4's order, javascript comes between the two
+        if found[:1] in (["lorem ipsum"], ["{"]):    # after javascript only the line goes
             return found[0]
         if not found:
             lines.append(line)
@@ -852,20 +873,22 @@ def fineweb(doc, cfg):
 
 def toxic(doc, cfg):
     """Dense insults. One bad word, C4's rule, drops more good text than bad (arXiv 2104.08758)."""
-    insults = doc.rows["hash"][doc.rows["insult"]]
-    return "insults" if len(insults) > cfg.max_insults * doc.n and len(np.unique(insults)) >= 3 else None
+    found = doc.rows["hash"][doc.rows["insult"]]
+    if len(found) > cfg.max_insults * doc.n and len(np.unique(found)) >= 3:
+        return "insults"
 
 
 def spam(doc, cfg):
     """Dense and varied sales talk; no published rule, the words are those of mail filters."""
-    sales = doc.rows["hash"][doc.rows["sales"]]
-    return "sales talk" if len(sales) > cfg.max_sales * doc.n and len(np.unique(sales)) >= 8 else None
+    found = doc.rows["hash"][doc.rows["sales"]]
+    if len(found) > cfg.max_sales * doc.n and len(np.unique(found)) >= 8:
+        return "sales talk"
 
 
-ROW, TEXT, PAGE = range(3)    # what a text is: made of a row's fields (a question, a chat), plain, a web page
-RULES = {language: ROW, gopher_repetition: TEXT, gopher_quality: PAGE, c4: PAGE, fineweb: PAGE, toxic: ROW,
-         spam: TEXT}          # FineWeb's order; a rule applies from its level on
-LATER_RULES = ("repair", "scrub", "exact_duplicate", "url_duplicate", "near_duplicate", "contaminated")
+RULES = {language: ROW, gopher_repetition: TEXT, gopher_quality: PAGE, c4: PAGE, fineweb: PAGE,
+         toxic: ROW, spam: TEXT}    # in FineWeb's order, each with the first kind of text it is for
+DUPLICATES = ("exact_duplicate", "url_duplicate", "near_duplicate")
+ALL_RULES = ("repair", *(rule.__name__ for rule in RULES), "scrub", *DUPLICATES, "contaminated")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -873,15 +896,16 @@ LATER_RULES = ("repair", "scrub", "exact_duplicate", "url_duplicate", "near_dupl
 
 
 def luhn(text):
-    """The check of card numbers: double every second digit from the right, the digit sum ends in 0."""
+    """The check of card numbers: every second digit from the right twice, the sum ends in 0."""
     digits = [int(c) for c in reversed(text) if c.isdigit()]
     return sum(sum(divmod(2 * d, 10)) if i % 2 else d for i, d in enumerate(digits)) % 10 == 0
 
 
 def iban(text):
-    """ISO 13616: the first four characters go last, letters are 10 to 35, the number mod 97 is 1."""
+    """ISO 13616: the first four characters go last, letters are 10 to 35, mod 97 is 1."""
     text = text.replace(" ", "")
-    return 15 <= len(text) <= 34 and int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
+    number = int("".join(str(int(c, 36)) for c in text[4:] + text[:4]))
+    return 15 <= len(text) <= 34 and number % 97 == 1
 
 
 def public_address(text):
@@ -895,39 +919,40 @@ def phone(text):
     return 10 <= sum(c.isdigit() for c in text) <= 15
 
 
-# placeholder: (hint: what a text must contain to be looked at, pattern, check of a match). Patterns
+# (placeholder, hint: what a text must contain to be looked at, pattern, check of a match). Patterns
 # start behind an edge and repeat within bounds, so that no text takes more than linear time.
-PRIVATE = {
-    "<KEY>": (r"AKIA|-----BEGIN|gh[pousr]_|sk-|xox[bp]-",
-              r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{36,255}\b|\bsk-[\w-]{20,200}|\bxox[bp]-[\w-]{10,200}"
-              r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[A-Za-z0-9+/=\s]{0,10000}-----END [A-Z ]{0,30}"
-              r"PRIVATE KEY-----)?", None),
-    "<EMAIL>": (r"@", r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b", None),
-    "<IBAN>": (r"\b[A-Z]{2}\d\d ?\w{4}",
-               r"(?<!\w)[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)", iban),
-    "<IP>": (r"\d\.\d{1,3}\.|[23][0-9a-fA-F]{3}:",
-             r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)|(?<![\w:.])[23][0-9a-fA-F]{3}:"
-             r"(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])", public_address),
-    "<CARD>": (r"\d(?:[ -]?\d){12}", r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?!\w|-\d)", luhn),
-    "<SSN>": (r"\d-\d\d-\d", r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None),
-    "<PHONE>": (r"\+\d|\d{3}[) .-]{1,2}\d{3}[ .-]\d{4}",
-                r"(?<![\w+])\+\d{1,3}(?:[ .()-]{0,2}\d{1,6}){2,6}(?!\w)"
-                r"|(?<![\w.(-])(?:\d{3}[.-]|\(\d{3}\) ?)\d{3}[ .-]\d{4}(?![\w-])", phone),
-}
-PRIVATE = {name: (re.compile(hint), re.compile(pattern), check)
-           for name, (hint, pattern, check) in PRIVATE.items()}
+NUMBER = r"\d(?:[ ().-]{0,2}\d){8}"    # nine digits close together
+PRIVATE = [(name, re.compile(hint), re.compile(pattern), check) for name, hint, pattern, check in (
+    ("<KEY>", r"AKIA|-----BEGIN|gh[pousr]_|sk-|xox[bp]-",
+     r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{36,255}\b|\bsk-[\w-]{20,200}|\bxox[bp]-[\w-]{10,200}"
+     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[A-Za-z0-9+/=\s]{0,10000}"
+     r"-----END [A-Z ]{0,30}PRIVATE KEY-----)?", None),
+    ("<EMAIL>", "@",
+     r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b", None),
+    ("<IBAN>", NUMBER,
+     r"(?<!\w)[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)", iban),
+    ("<IP>", r"\d\.\d{1,3}\.\d{1,3}\.\d", r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)",
+     public_address),
+    ("<IP>", r":[0-9a-fA-F]{0,4}:", r"(?<![\w:.])[23][0-9a-fA-F]{3}:"
+     r"(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])", public_address),
+    ("<CARD>", NUMBER, r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?!\w|-\d)", luhn),
+    ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None),
+    ("<PHONE>", NUMBER, r"(?<![\w+])\+\d{1,3}(?:[ .()-]{0,2}\d{1,6}){2,6}(?!\w)"
+     r"|(?<![\w.(-])(?:\d{3}[.-]|\(\d{3}\) ?)\d{3}[ .-]\d{4}(?![\w-])", phone))]
 
 
 def scrub(text):
     """(text without personal data, {placeholder: how many})"""
-    found = Counter()
-    for placeholder, (hint, pattern, check) in PRIVATE.items():
+    found, hints = Counter(), {}
+    for placeholder, hint, pattern, check in PRIVATE:
         def replace(m):
             if check and not check(m[0]):
                 return m[0]
             found[placeholder] += 1
             return placeholder
-        text = pattern.sub(replace, text) if hint.search(text) else text
+        if hint not in hints:
+            hints[hint] = hint.search(text)
+        text = pattern.sub(replace, text) if hints[hint] else text
     return text, found
 
 
@@ -936,15 +961,15 @@ def scrub(text):
 
 
 def hash_functions(count):
-    """(a, b): (a x + b mod 2^64) >> 32 is a strongly universal hash of 32-bit x (multiply-shift)."""
-    a, b = np.random.Generator(np.random.PCG64(20240601)).integers(0, 2 ** 64, (2, count), np.uint64)
+    """(a, b): (a x + b mod 2^64) >> 32 is a strongly universal hash of 32-bit x."""
+    rng = np.random.Generator(np.random.PCG64(20240601))
+    a, b = rng.integers(0, 2 ** 64, (2, count), np.uint64)
     return a | np.uint64(1), b
 
 
 def minhash(hashes, shingle, functions):
-    """(count,) uint32 from a text's matching words: two texts agree in a share that is their Jaccard."""
-    for _, grams in growing(hashes, min(shingle, len(hashes))):
-        pass
+    """(count,) uint32 from a text's matching words; two texts agree in a share as their Jaccard."""
+    *_, (_, grams) = growing(hashes, min(shingle, len(hashes)))
     a, b = functions
     low = np.full(len(a), np.iinfo(np.uint64).max)
     for i in range(0, len(grams), 512):    # blocks that stay in the cache
@@ -971,7 +996,7 @@ def url_key(url):
 
 
 def same(rows):
-    """Edges from the first number with a key to each other one. rows (N, c): key columns, number."""
+    """Edges from the first number with a key to each other one. rows (N, c): a key, a number."""
     rows = rows[np.lexsort(rows.T[::-1])]
     new = np.ones(len(rows), bool)
     new[1:] = (rows[1:, :-1] != rows[:-1, :-1]).any(axis=1)
@@ -980,7 +1005,7 @@ def same(rows):
 
 
 def union(parent, edges):
-    """Join the ends of each edge; a cluster's root is its smallest number, in any order of edges."""
+    """Join the ends of each edge; a cluster's root is its smallest number, whatever the order."""
     def find(i):
         while parent[i] != i:
             parent[i] = parent[parent[i]]
@@ -1000,7 +1025,7 @@ def roots(parent):
 def duplicates(docs, band_rows, cfg, group):
     """(verdict, root) of every document: which copy goes and why, and which cluster it is in.
 
-    One of each cluster stays: of the first source, then the longest (of equal ones just the first)."""
+    One of each cluster stays: of the first source, then the longest, then the first."""
     numbers = np.arange(len(docs))
     verdict, parent = np.full(len(docs), "", object), numbers.copy()
 
@@ -1017,7 +1042,7 @@ def duplicates(docs, band_rows, cfg, group):
             found += gather(same(exchange(rows, group)), group)
         return np.concatenate(found)
 
-    for name in ("exact_duplicate", "url_duplicate", "near_duplicate"):
+    for name in DUPLICATES:
         if name not in cfg.skip:
             union(parent, edges(name))
             root = roots(parent)
@@ -1040,7 +1065,8 @@ def item_text(row):
         if isinstance(value, list) and value:    # a chat: its last turn; several answers: the first
             value = value[-1]["content"] if isinstance(value[0], dict) else value[0]
         return value if isinstance(value, str) else ""
-    question = next((said(row[k]) for k in ("prompt", "question", "query", "context") if k in row), "")
+    question = next((said(row[k]) for k in ("prompt", "question", "query", "context") if k in row),
+                    "")
     answer = next((said(row[k]) for k in ("answer", "continuation") if k in row), "")
     if isinstance(row.get("choices"), list) and isinstance(row.get("gold"), int):
         answer = row["choices"][row["gold"]]
@@ -1049,11 +1075,11 @@ def item_text(row):
 
 
 def build_index(cfg):
-    """{"format", "names", and one entry for each n-gram: "hashes" (sorted), "lengths", "items"}, or None.
+    """{"format", "names", for each n-gram: "hashes" (sorted), "lengths", "items"}, or None.
 
-    Every eval_words words in a row that begin in the question count (an answer alone is knowledge, not
-    a leak). A shorter item is one n-gram, so that phrases are no leak; questions under 8 words are left out,
-    with their answers under 6."""
+    Every eval_words words in a row that begin in the question count (an answer alone is knowledge,
+    not a leak). A shorter item is one n-gram, lest phrases be leaks; questions of under 8 words,
+    or 6 with the answer, are left out."""
     path = Path(cfg.eval) if Path(cfg.eval).exists() else HERE / cfg.eval
     if path.suffix == ".npz":
         return load_index(path)
@@ -1080,6 +1106,15 @@ def build_index(cfg):
                 lengths=lengths[order], items=items[order])
 
 
+def save_index(index, path):
+    """The entries named above and "found", items met in the text, as .npz without dates in it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("format", "names", "found", "hashes", "lengths", "items"):
+            data = io.BytesIO()
+            np.save(data, index[name])
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), data.getvalue())
+
+
 def load_index(path):
     """The eval_index.npz of a tokens folder; evaluate.py reads it too."""
     try:
@@ -1089,13 +1124,13 @@ def load_index(path):
     except (OSError, ValueError, LookupError, zipfile.BadZipFile) as e:
         fail(f"{path} is not an index of evaluation items ({type(e).__name__})")
     if found != INDEX_FORMAT:
-        fail(f"{path} is an index of format {found}, not {INDEX_FORMAT}; make it again with prepare.py")
+        fail(f"{path} is an index of format {found}, not {INDEX_FORMAT}; make it anew")
     return index
 
 
 def lookup(index, hashes):
-    """The evaluation n-grams in a text, sorted and unique, from the hashes of its matching words."""
-    if "hint" not in index:    # 16 bits of a hash rule most n-grams out
+    """The evaluation n-grams in a text (sorted, unique), from the hashes of its matching words."""
+    if "hint" not in index:    # 16 bits of a hash rule most of them out
         index["hint"] = np.zeros(1 << 16, bool)
         index["hint"][(index["hashes"] & np.uint64(0xFFFF)).astype(int)] = True
         index["widths"] = set(index["lengths"].tolist())
@@ -1122,21 +1157,20 @@ def contaminated(hits, kept, index, common):
 
 
 # ------------------------------------------------------------------------------------------------
-# The ledger: what was left after every step, what was dropped or changed, and why
+# The ledger: (step, kind, name) -> [documents, bytes, examples], kind being kept, dropped, changed
 
 STEPS = ("read", "normalise", "filter", "scrub", "deduplicate", "decontaminate")
 
 
 def note(ledger, step, kind, name, documents=1, size=0, examples=()):
-    """Add to one line of the ledger; kind: kept, dropped, changed, or a fact about a source."""
     entry = ledger.setdefault((step, kind, name), [0, 0, []])
     entry[0] += documents
     entry[1] += size
     entry[2] = [*entry[2], *examples][:3]
 
 
-def drop(ledger, step, reason, document, text, file=None):
-    """file takes every dropped document as a JSON line."""
+def drop(ledger, step, reason, document, text, file):
+    """Note a dropped document; file, if any, takes all of it as a JSON line."""
     example = f"{document}: {' '.join(text[:200].split())[:60]}"
     note(ledger, step, "dropped", reason, 1, len(utf8(text)), [example])
     if file:
@@ -1151,57 +1185,52 @@ def merge(ledgers):
     return total
 
 
-def ledger_json(ledger):
-    """{step: {documents, bytes (left after it), dropped: {reason: ...}, changed: {what: how often}}}"""
-    result = {}
-    for step in STEPS:
-        if kept := ledger.get((step, "kept", "")):
-            entry = result[step] = dict(documents=kept[0], bytes=kept[1], dropped={}, changed={})
-            for (_, kind, name), (count, size, examples) in sorted(
-                    (item for item in ledger.items() if item[0][0] == step), key=lambda i: (-i[1][0], i[0])):
-                if kind == "dropped":
-                    entry["dropped"][name] = dict(documents=count, bytes=size, examples=examples)
-                elif kind == "changed":
-                    entry["changed"][name] = count
-    return result
+def ledger_rows(ledger):
+    """The ledger for the manifest: step by step, the frequent first, what was kept last."""
+    order = {kind: i for i, kind in enumerate(("changed", "dropped", "kept"))}
+    keys = [key for key in ledger if key[0] in STEPS]
+    keys.sort(key=lambda k: (STEPS.index(k[0]), order[k[1]], -ledger[k][0], k[2]))
+    return [dict(step=step, kind=kind, name=name, documents=ledger[step, kind, name][0],
+                 bytes=ledger[step, kind, name][1], examples=ledger[step, kind, name][2])
+            for step, kind, name in keys]
 
 
-def source_json(ledger, cfg, number, weight, times, files):
-    """What the manifest says of one --input: size, licences, and the newest date seen in it."""
-    facts = {(kind, name): entry for (source, kind, name), entry in ledger.items() if source == number}
+def source_facts(ledger, number):
+    """What the manifest says about an --input: its size, its licences, the newest date in it."""
+    facts = {key[1:]: entry for key, entry in ledger.items() if key[0] == number}
     documents, size, _ = facts.get(("read", ""), (0, 0, 0))
-    return dict(input=cfg.input[number], weight=weight, epochs=round(float(times), 4), files=len(files),
-                documents=documents, bytes=size, repaired_utf8=facts.get(("utf8", ""), [0])[0],
-                licences={name: entry[0] for (kind, name), entry in sorted(facts.items()) if kind == "licence"},
-                newest=max((name for kind, name in facts if kind == "date"), default=""))
+    return dict(documents=documents, bytes=size, broken_utf8=facts.get(("broken", ""), [0])[0],
+                licences={k[1]: e[0] for k, e in sorted(facts.items()) if k[0] == "licence"},
+                newest=max((k[1] for k in facts if k[0] == "date"), default=""))
 
 
 def report(manifest, out, seconds):
-    """The ledger as a table, and what to be wary of."""
-    total, lost = manifest["ledger"]["read"]["documents"], Counter()
+    """Print the ledger, and what to be wary of."""
+    lost, total = Counter(), 0
     print0(f"\n{'':<38}{'documents':>11}{'bytes':>15}   for example")
-    for step, entry in manifest["ledger"].items():
-        for what, count in entry["changed"].items():
-            print0(f"  {what:<36}{count:>11,}")
-        for reason, gone in entry["dropped"].items():
-            example = gone["examples"][0].split(": ", 1)[1][:32]
-            print0(f"  {reason:<36}{-gone['documents']:>11,}{-gone['bytes']:>15,}   {example}")
-            lost[reason.split(":")[0]] += gone["documents"]
-        print0(f"{step:<38}{entry['documents']:>11,}{entry['bytes']:>15,}")
+    for row in manifest["ledger"]:
+        name, sign = "  " + row["name"], -1 if row["kind"] == "dropped" else 1
+        if row["kind"] == "kept":
+            name, total = row["step"], max(total, row["documents"])
+        elif sign < 0:
+            lost[row["name"].split(":")[0]] += row["documents"]
+        size = f"{sign * row['bytes']:>15,}" if row["bytes"] else " " * 15
+        example = row["examples"][0].split(": ", 1)[1][:32] if row["examples"] else ""
+        print0(f"{name:<38}{sign * row['documents']:>11,}{size}   {example}")
     for part in ("train", "val"):
         print0(f"{part:<38}{manifest['documents'][part]:>11,}{manifest['bytes'][part]:>15,}"
                f"   {manifest['tokens'][part]:,} tokens")
     tokens, size = sum(manifest["tokens"].values()), sum(manifest["bytes"].values())
-    print0(f"{out}: {tokens:,} tokens of {manifest['vocab_size']:,} ids, {size / max(1, tokens):.2f} bytes/token"
-           f"  ({seconds})")
+    print0(f"{out}: {tokens:,} tokens of {manifest['vocab_size']:,} ids, "
+           f"{size / max(1, tokens):.2f} bytes/token ({seconds})")
     if sum(lost.values()) > total / 2:
         rule, count = lost.most_common(1)[0]
-        print0(f"warning: {sum(lost.values()) / total:.0%} of the documents were dropped, most by {rule} "
-               f"({count:,}). If they were good, that rule is not made for them: --skip {rule}")
+        print0(f"warning: {sum(lost.values()) / total:.0%} of the documents were dropped, {count:,}"
+               f" by {rule}. If they were good, this rule is not made for them: --skip {rule}")
 
 
 # ------------------------------------------------------------------------------------------------
-# Clean: one chunk of records -> text in the working folder, a row of numbers for each document
+# Clean: a chunk of records -> its text in the working folder, and a row of numbers a document
 
 DOC = np.dtype([("size", "i8"), ("chars", "i8"), ("key", "u8", 2), ("url", "u8"), ("source", "i4"),
                 ("part", "i4"), ("at", "i8")])
@@ -1209,7 +1238,7 @@ NO_KEY = bytes(c for c in range(128) if not chr(c).isalnum())
 
 
 def clean(text, kind, words, cfg, ledger):
-    """(Doc of the text after normalising, filtering and scrubbing, why it must go or None)"""
+    """(Doc of the text normalised, filtered and scrubbed, why it must go or None)"""
     if not text.isascii() and "repair" not in cfg.skip:
         text, before = repair(text), text
         if text != before:
@@ -1234,23 +1263,23 @@ def clean(text, kind, words, cfg, ledger):
     return Doc(text, words) if found else doc, None
 
 
-def clean_chunk(number, parts, work, cfg, index):
-    """Writes the texts that stay to <number>.text, and with --dropped the others to <number>.dropped.
+def clean_chunk(number, parts, work, cfg, index, words):
+    """Writes the texts that stay to <number>.text, with --dropped the others to <number>.dropped.
 
-    Returns dict(ledger, docs (N,) DOC, hits: evaluation n-grams (., 2), minhashes (N, bands x rows))."""
+    Returns dict(ledger, docs (N,) DOC, hits (., 2): document and evaluation n-gram, minhashes)."""
     ledger, rows, hits, minhashes = {}, [], [np.zeros((0, 2), np.uint64)], []
-    words, functions = Words(), hash_functions(cfg.bands * cfg.rows)
-    with open(work / f"{number}.text", "wb") as f, open(work / f"{number}.dropped", "w") as dropped:
-        dropped = dropped if cfg.dropped else None
-        for part, (source, path, start, end) in enumerate(parts):
+    functions = hash_functions(cfg.bands * cfg.rows)
+    with open(work / f"{number}.text", "wb") as f, open(work / f"{number}.dropped", "w") as lost:
+        lost = lost if cfg.dropped else None
+        for i, (source, path, start, end) in enumerate(parts):
             def unreadable(at, reason):
-                drop(ledger, "read", reason, document_name(parts[part], at), "", dropped)
+                drop(ledger, "read", reason, document_name(parts[i], at), "", lost)
 
             for at, record in read_part(path, start, end, cfg, unreadable):
                 url = url_key(record.get("url", ""))
                 kind = dict(auto=PAGE if url else record["kind"], all=PAGE, none=ROW)[cfg.web]
                 note(ledger, source, "read", "", 1, len(utf8(record["text"])))
-                note(ledger, source, "utf8", "", int(record["broken"] > 0))
+                note(ledger, source, "broken", "", record["broken"] > 0)
                 note(ledger, source, "date", record.get("date", "")[:10])
                 note(ledger, source, "licence", record.get("license", "not stated"))
                 for text in cut_text(record["text"], PART):
@@ -1260,28 +1289,28 @@ def clean_chunk(number, parts, work, cfg, index):
                         doc, reason = clean(text, kind, words, cfg, ledger)
                         text = doc.text
                     if reason:
-                        drop(ledger, "filter", reason, document_name(parts[part], at), text, dropped)
+                        drop(ledger, "filter", reason, document_name(parts[i], at), text, lost)
                         continue
-                    data = utf8(text)
-                    key = utf8(text.lower()).translate(None, NO_KEY) if cfg.clean else b""
+                    data = key = utf8(text)
                     if cfg.clean:
+                        key = utf8(text.lower()).translate(None, NO_KEY) or data
                         h = words.matching(doc.rows)
                         h = h if len(h) else np.array([hash64(data)], np.uint64)
                         if "near_duplicate" not in cfg.skip:
                             minhashes.append(minhash(h, cfg.shingle, functions))
                         if index and len(found := lookup(index, h)):
-                            hits.append(np.column_stack([np.full(len(found), len(rows), np.uint64), found]))
-                    key = np.frombuffer(hashlib.blake2b(key or data, digest_size=16).digest(), "<u8")
-                    rows.append((len(data), len(text), key, hash64(utf8(url)) if url else 0, source, part, at))
+                            hits.append(np.stack([np.full_like(found, len(rows)), found], axis=1))
+                    key = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), "<u8")
+                    rows.append((len(data), len(text), key, url and hash64(utf8(url)) or 0, source,
+                                 i, at))
                     f.write(data)
-                if words.size > 1 << 26:    # bounded memory: forget the words seen so far
-                    words = Words()
+                words.forget()
     return dict(ledger=ledger, docs=np.array(rows, DOC), hits=np.concatenate(hits),
                 minhashes=np.array(minhashes, np.uint32).reshape(-1, cfg.bands * cfg.rows))
 
 
 def document_name(part, at):
-    """pages/007.html#0, corpus.jsonl@16777216#12: file, first byte of the part, record in it."""
+    """pages/007.html#0, raw/corpus.jsonl@16777216#12: file, first byte of the part, record."""
     _, path, start, _ = part
     return f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{at}"
 
@@ -1291,9 +1320,10 @@ def document_name(part, at):
 
 
 def count_pieces(texts):
-    """{piece of the GPT-4 split: how often}. Words with the blanks before them are counted first, and
-    only distinct ones go through the slow pattern: no piece goes on behind a word, save line ends
-    behind symbols."""
+    """{piece of the GPT-4 split: how often}.
+
+    Words with the blanks before them are counted first, and only distinct ones go through the slow
+    pattern: no piece goes on behind a word, save for line ends behind symbols."""
     pieces, words = Counter(), Counter()
     for text in itertools.chain(texts, [None]):
         if text is not None:
@@ -1310,12 +1340,12 @@ def count_pieces(texts):
 def train_bpe(counts, size):
     """Byte-level BPE: {bytes: id} of `size` tokens from {piece: how often}.
 
-    The most frequent pair of neighbours becomes a token, again and again; ties go to the smallest ids.
-    A word is a str with a character for each token, chr(id), so that merging is str.split and str.join.
-    A pair is born in the step that mints its newer member and then only gets rarer: a heap entry may be
-    too high, never too low, and is put right when it comes up. So the counts are exact at every step."""
+    The most frequent pair of neighbours becomes a token, again and again; ties go to the smallest
+    ids. A word is a str of one character a token, chr(id), so merging is str.split and str.join.
+    A pair is born in the step that mints its newer member and then only gets rarer: a heap entry
+    may be too high, never too low, and is put right when it comes up. So all counts are exact."""
     words, weights = [], []
-    pairs, where = defaultdict(int), defaultdict(set)    # pair -> count, pair -> words that may hold it
+    pairs, where = defaultdict(int), defaultdict(set)    # pair -> count, words that may hold it
     for number, (word, n) in enumerate(sorted(counts.items())):
         word = word.encode().decode("latin-1")           # byte b is chr(b)
         words.append(word)
@@ -1340,12 +1370,12 @@ def train_bpe(counts, size):
         for number in where.pop(pair):
             parts, n = words[number].split(pair), weights[number]
             words[number] = new.join(parts)
-            for k in range(len(parts) - 1):    # the k-th occurrence stands between parts k and k + 1
+            for k in range(len(parts) - 1):    # an occurrence stands between parts k and k + 1
                 before, after = parts[k][-1:], parts[k + 1][:1]
                 if before:
                     pairs[before + left] -= n
                 elif k:
-                    before = new               # two occurrences touch; their pair is counted here, once
+                    before = new               # two of them touch; their pair is counted here
                 if after:
                     pairs[right + after] -= n
                 elif k < len(parts) - 2:
@@ -1370,8 +1400,8 @@ def trained_tokenizer(counts, vocab_size):
         fail(f"--vocab_size {vocab_size}: at least 260, for 256 bytes and 4 control tokens")
     ranks = train_bpe(counts, size)
     if len(ranks) < size:
-        fail(f"--vocab_size {vocab_size}: this text supports at most {len(ranks) + 4} ids, then no two tokens "
-             f"stand together twice; ask for less or give more text")
+        fail(f"--vocab_size {vocab_size}: this text supports at most {len(ranks) + 4} ids, then no "
+             f"two tokens stand together twice; ask for fewer or give more text")
     return make_encoding("bpe", GPT4_SPLIT, ranks)
 
 
@@ -1380,16 +1410,31 @@ def chars_tokenizer(letters):
     return make_encoding("chars", "(?s:.)", {c.encode(): i for i, c in enumerate(sorted(letters))})
 
 
+TIKTOKEN_FILES = dict(    # sha1 of their addresses, the names of the files in tiktoken's cache
+    gpt2="6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    cl100k_base="9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
+    o200k_base="fb374d419588a4632f3f557e76b4b70aebbca790")
+
+
 def named_tokenizer(name):
     """A tokenizer that exists: bytes, one of tiktoken's by name, a rank file, or one of ours."""
     path = Path(name)
     if name == "bytes":
         return make_encoding("bytes", GPT4_SPLIT, {bytes([i]): i for i in range(256)})
     if name in tiktoken.list_encoding_names():
-        return tiktoken_tokenizer(name)
+        socket.setdefaulttimeout(20)
+        try:
+            enc = tiktoken.get_encoding(name)
+        except Exception as e:    # of requests, urllib3, sockets, files: no file and no network
+            folder = os.environ.get("TIKTOKEN_CACHE_DIR", "a folder named by TIKTOKEN_CACHE_DIR")
+            fail(f"--tokenizer {name}: cannot download it ({type(e).__name__}); put "
+                 f"{TIKTOKEN_FILES.get(name, 'its files')} of tiktoken's cache into {folder}")
+        finally:
+            socket.setdefaulttimeout(None)
+        return make_encoding(name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens)
     if not path.exists():
-        fail(f"--tokenizer {name}: choose train, bytes, chars, gpt2, a .tiktoken file, a tokens folder or a "
-             f"checkpoint of ours")
+        fail(f"--tokenizer {name}: choose train, bytes, chars, gpt2, a .tiktoken file, a tokens "
+             f"folder or a checkpoint of ours")
     if path.suffix == ".pt":
         return encoding_from_dict(load_checkpoint(path, "python pretrain.py")["encoding"])
     path = path / "encoding.json" if (path / "encoding.json").exists() else path
@@ -1404,22 +1449,6 @@ def named_tokenizer(name):
     fail(f"--tokenizer {path}: tokenizer.json is not read yet; give a .tiktoken file")
 
 
-def tiktoken_tokenizer(name):
-    files = dict(gpt2="6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-                 cl100k_base="9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
-                 o200k_base="fb374d419588a4632f3f557e76b4b70aebbca790")    # sha1 of their addresses
-    socket.setdefaulttimeout(20)
-    try:
-        enc = tiktoken.get_encoding(name)
-    except Exception as e:    # requests, urllib3, socket and file errors alike: no file, no network
-        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or "a folder named by TIKTOKEN_CACHE_DIR"
-        fail(f"--tokenizer {name}: cannot download it ({type(e).__name__}); put {files.get(name, 'its files')} "
-             f"of tiktoken's cache into {folder}")
-    finally:
-        socket.setdefaulttimeout(None)
-    return make_encoding(name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens)
-
-
 # ------------------------------------------------------------------------------------------------
 # Encode and write
 
@@ -1427,8 +1456,8 @@ PIECE = 1 << 20    # characters; longer texts are encoded in pieces, so that mem
 
 
 def cut_text(text, size):
-    """Pieces of at most `size` characters, cut where no split pattern joins: before the blank or line
-    end between two words. Only a text without such a place is cut elsewhere."""
+    """Pieces of at most `size` characters, cut where no split pattern joins: before the blank or
+    line end between two words. Only a text without such a place is cut elsewhere."""
     start = 0
     while len(text) - start > size:
         end, low, place = start + size, max(start + 1, start + size - 5000), None
@@ -1441,10 +1470,10 @@ def cut_text(text, size):
 
 
 def encode(enc, texts):
-    """(ids uint32, ends int64): all texts, an end-of-text id after each. Text never becomes a control id.
+    """(ids uint32, ends int64): all texts, an end-of-text id after each; no text becomes one.
 
-    tiktoken gets all texts in one call, joined by the control token, unless one of them contains its
-    name; then they go one by one, as plain text."""
+    tiktoken gets all texts in one call, joined by the control token, unless one of them contains
+    its name; then they go one by one, as plain text."""
     stop = enc._special_tokens[ENDOFTEXT]
     if not any(len(text) > PIECE or ENDOFTEXT in text for text in texts):
         ids = enc.encode_to_numpy(ENDOFTEXT.join([*texts, ""]), allowed_special={ENDOFTEXT},
@@ -1456,7 +1485,7 @@ def encode(enc, texts):
 
 
 def write_ids(f, ids, dtype):
-    """Append ids to a file, little-endian; one that does not fit is an error, never a wrapped number."""
+    """Append little-endian ids to a file; one that does not fit is an error, never wrapped."""
     if len(ids) and int(ids.max()) > np.iinfo(dtype).max:
         raise ValueError(f"id {int(ids.max())} does not fit {np.dtype(dtype).name}")
     f.write(ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
@@ -1464,27 +1493,20 @@ def write_ids(f, ids, dtype):
 
 def encode_texts(enc, texts, path, dtype):
     """Write path.bin and path.idx (where documents end in this file). Returns the bytes of text."""
-    size = done = 0
-    texts = iter(texts)
+    size, done, batch, waiting = 0, 0, [], 0
     with open(f"{path}.bin", "wb") as ids_file, open(f"{path}.idx", "wb") as ends_file:
-        while batch := batch_of(texts):
-            ids, ends = encode(enc, batch)
-            write_ids(ids_file, ids, dtype)
-            write_ids(ends_file, ends + done, np.uint64)
-            done += len(ids)
-            size += sum(len(text.encode()) for text in batch)
+        for text in itertools.chain(texts, [None]):
+            if text is not None:
+                batch.append(text)
+                waiting += len(text)
+            if batch and (text is None or waiting > 4 << 20):
+                ids, ends = encode(enc, batch)
+                write_ids(ids_file, ids, dtype)
+                write_ids(ends_file, ends + done, np.uint64)
+                done += len(ids)
+                size += sum(len(text.encode()) for text in batch)
+                batch, waiting = [], 0
     return size
-
-
-def batch_of(texts):
-    """The next texts of an iterator, about 4 million characters together."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size > 4 << 20:
-            break
-    return batch
 
 
 def join_files(pieces, path):
@@ -1527,7 +1549,7 @@ def train_characters(docs, kept, cluster_key, cfg):
 
 
 def epochs(weights, sizes, power):
-    """How often each source is seen: shares as weight x size ^ power, the total size as with power 1."""
+    """How often each source is seen: its share goes as weight x size ^ power, the sum stays."""
     weights, sizes = np.array(weights, float), np.maximum(np.array(sizes, float), 1)
     return weights * sizes ** (power - 1) * (weights @ sizes) / (weights @ sizes ** power)
 
@@ -1539,27 +1561,28 @@ def main(cfg):
     started = time.time()
     if not 0 <= cfg.val_fraction < 1:
         fail(f"--val_fraction {cfg.val_fraction}: from 0 to below 1")
-    for flag, names, known in (
-            ("skip", cfg.skip, [*(rule.__name__ for rule in RULES), *LATER_RULES]),
-            ("languages", cfg.languages, [*FUNCTION_WORDS, *SCRIPTS])):
-        for name in set(names) - set(known):
-            fail(f"--{flag} {name}: choose from {' '.join(known)}")
+    for flag, names, known in (("skip", cfg.skip, ALL_RULES),
+                               ("languages", cfg.languages, [*FUNCTION_WORDS, *SCRIPTS])):
+        for name in names:
+            if name not in known:
+                fail(f"--{flag} {name}: choose from {' '.join(known)}")
     out = Path(cfg.out)
-    if out.exists() and not (out / "manifest.json").exists() and (out.is_file() or any(out.iterdir())):
-        fail(f"--out {out} exists and is not a tokens folder; choose another, this one would be lost")
+    foreign = out.is_file() or out.exists() and any(out.iterdir())
+    if foreign and not (out / "manifest.json").exists():
+        fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
     enc = None if cfg.tokenizer in ("train", "chars") else named_tokenizer(cfg.tokenizer)
     group = join()
     rank = dist.get_rank(group) if group else 0
-    if rank == 0:
-        find_sources(cfg)    # downloads, which the others then find
+    sources = find_sources(cfg) if rank == 0 else None    # downloads what is asked for by name
     work = out.with_name(f".{out.name}.{gather(os.getpid(), group)[0]}.tmp")
+    sources = gather(sources, group)[0]
     try:
         work.mkdir(parents=True, exist_ok=True)
-        manifest, clock = prepare(cfg, enc, work, rank, group)
+        manifest, clock = prepare(cfg, sources, enc, work, rank, group)
         if rank == 0:
             replace_folder(work, out)
             clock["all"] = time.time() - started
-            report(manifest, out, ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.items()))
+            report(manifest, out, ", ".join(f"{k} {v:.1f} s" for k, v in clock.items()))
         gather(None, group)
     except OSError as e:
         fail(f"{e.filename or work}: {e.strerror or e}")
@@ -1567,10 +1590,11 @@ def main(cfg):
         shutil.rmtree(work, ignore_errors=True)
 
 
-def prepare(cfg, enc, work, rank, group):
-    """Everything into the working folder; rank 0 returns the manifest. What all ranks must know of every
-    document fits into 64 bytes; texts stay with the rank that read them."""
-    sources, clock, started = find_sources(cfg), {}, time.time()
+def prepare(cfg, sources, enc, work, rank, group):
+    """Fill the working folder; rank 0 returns (manifest, seconds of each step).
+
+    All ranks know 64 bytes of every document; its text stays with the rank that read it."""
+    clock, started = {}, time.time()
     world = dist.get_world_size(group) if group else 1
 
     def lap(name):
@@ -1579,14 +1603,15 @@ def prepare(cfg, enc, work, rank, group):
 
     # clean: every rank its chunks
     index = build_index(cfg) if cfg.clean and "contaminated" not in cfg.skip else None
-    chunks = plan(sources)
-    mine = {n: clean_chunk(n, chunks[n], work, cfg, index) for n in range(rank, len(chunks), world)}
-    minhashes = [mine[n].pop("minhashes") for n in mine]
+    chunks, words = plan(sources), Words()
+    mine = {n: clean_chunk(n, chunks[n], work, cfg, index, words)
+            for n in range(rank, len(chunks), world)}
+    minhashes = [chunk.pop("minhashes") for chunk in mine.values()]
     every = {n: chunk for theirs in gather(mine, group) for n, chunk in theirs.items()}
     every = [every[n] for n in range(len(chunks))]
     ledger, docs = merge(c["ledger"] for c in every), np.concatenate([c["docs"] for c in every])
     first = np.cumsum([0] + [len(c["docs"]) for c in every])    # each chunk's first document
-    size, kept = docs["size"], np.ones(len(docs), bool)
+    size, kept, root = docs["size"], np.ones(len(docs), bool), np.arange(len(docs))
     lap("clean")
 
     def texts(chosen, among):
@@ -1613,30 +1638,29 @@ def prepare(cfg, enc, work, rank, group):
         note(ledger, step, "kept", "", int(kept.sum()), int(size[kept].sum()))
 
     # deduplicate, decontaminate
-    root = np.arange(len(docs))
     if cfg.clean:
-        numbers = np.concatenate([np.arange(0), *(np.arange(first[n], first[n + 1]) for n in mine)])
+        numbers = [np.arange(first[n], first[n + 1], dtype=np.uint64) for n in mine]
+        numbers = np.concatenate(numbers or [np.zeros(0, np.uint64)])
         minhashes = np.concatenate(minhashes or [np.zeros((0, cfg.bands * cfg.rows), np.uint32)])
 
         def band_rows(band):
-            """(N, 2): the key of the band and the number of each of this rank's documents."""
-            *_, (_, key) = growing(minhashes[:, band * cfg.rows:(band + 1) * cfg.rows].T.astype(np.uint64),
-                                   cfg.rows)
-            return np.column_stack([key.reshape(-1), numbers.astype(np.uint64)])
+            """(N, 2): the key of the band, and the number, of each of this rank's documents."""
+            columns = minhashes[:, band * cfg.rows:(band + 1) * cfg.rows].T.astype(np.uint64)
+            *_, (_, key) = growing(columns, cfg.rows)
+            return np.stack([key.reshape(-1), numbers], axis=1)
 
         verdict, root = duplicates(docs, band_rows, cfg, group)
         strike("deduplicate", verdict)
         lap("deduplicate")
-        if index:
-            hits = np.concatenate([c["hits"] + np.array([first[n], 0], np.uint64) for n, c in enumerate(every)])
-            goes, found = contaminated(hits, kept, index, cfg.eval_common)
-            strike("decontaminate", np.where(goes, "contaminated", "").astype(object))
-            keys = ("format", "names", "hashes", "lengths", "items")
-            np.savez(work / "eval_index.npz", found=found, **{k: index[k] for k in keys})
-            lap("decontaminate")
+    if index:
+        hits = [c["hits"] + np.array([first[n], 0], np.uint64) for n, c in enumerate(every)]
+        goes, index["found"] = contaminated(np.concatenate(hits), kept, index, cfg.eval_common)
+        strike("decontaminate", np.where(goes, "contaminated", "").astype(object))
+        lap("decontaminate")
     if not kept.any():
-        fail(f"--input {' '.join(cfg.input)}: nothing is left of {ledger.get(('read', 'kept', ''), [0])[0]} "
-             f"documents after cleaning; leave rules out with --skip, or --no-clean")
+        fail(f"--input {' '.join(cfg.input)}: nothing is left of "
+             f"{ledger.get(('read', 'kept', ''), [0])[0]} documents after cleaning; leave rules "
+             f"out with --skip, or all of them with --no-clean")
 
     # split by duplicate cluster, mix the sources
     cluster_key = docs["key"][:, 0].copy()
@@ -1646,9 +1670,11 @@ def prepare(cfg, enc, work, rank, group):
                    np.bincount(docs["source"], size * (chars > 0), len(sources)), cfg.mix_power)
     for item, t in zip(cfg.input, times):
         if t > 4:
-            print0(f"warning: {item} is seen {t:.1f} times; more than 4 epochs of a text teach little")
-    copies = np.floor(times[docs["source"]] + docs["key"][:, 1] / 2.0 ** 64).astype(int) * (chars > 0)
-    sample = (docs["key"][:, 0] * FACTOR) / 2.0 ** 64 < cfg.tokenizer_bytes / max(1, (copies * size).sum())
+            print0(f"warning: {item} is seen {t:.1f} times; more than 4 epochs teach little")
+    copies = np.floor(times[docs["source"]] + docs["key"][:, 1] / 2.0 ** 64).astype(int)
+    copies *= chars > 0
+    share = cfg.tokenizer_bytes / max(1, (copies * size).sum())
+    sample = docs["key"][:, 0] * FACTOR / 2.0 ** 64 < share
 
     def train_texts(chosen, among):
         return (text[:chars[i]] for i, text in texts(chosen, among))
@@ -1659,7 +1685,8 @@ def prepare(cfg, enc, work, rank, group):
     # tokenizer, from the training text as it is mixed
     passes = range(copies.max(initial=0))
     if cfg.tokenizer == "train":
-        counts = count_pieces(text for p in passes for text in train_texts((copies > p) & sample, mine))
+        counts = count_pieces(text for p in passes
+                              for text in train_texts((copies > p) & sample, mine))
         enc = trained_tokenizer(sum(gather(counts, group), Counter()), cfg.vocab_size)
     elif cfg.tokenizer == "chars":
         letters = set().union(*train_texts(copies > 0, mine), *val_texts(mine))
@@ -1678,28 +1705,29 @@ def prepare(cfg, enc, work, rank, group):
         return None, None
     manifest = dict(format=1, dtype=np.dtype(dtype).name, vocab_size=enc.n_vocab,
                     encoding_hash=encoding_hash(enc), tokens={}, documents={}, bytes={}, sha256={})
-    for name, passes_of in (("train", passes), ("val", range(1))):
-        pieces = [work / f"{name}.{p}.{n}" for p in passes_of for n in range(len(chunks))]
+    for name, count in (("train", len(passes)), ("val", 1)):
+        pieces = [work / f"{name}.{p}.{n}" for p in range(count) for n in range(len(chunks))]
         manifest["documents"][name], manifest["tokens"][name] = join_files(pieces, work / name)
         manifest["bytes"][name] = text_bytes[name]
         manifest["sha256"][name] = file_hash(work / f"{name}.bin")
+    manifest["sources"] = [
+        dict(input=cfg.input[n], weight=weight, epochs=round(float(times[n]), 4), files=len(files),
+             **source_facts(ledger, n)) for n, (weight, files) in enumerate(sources)]
+    manifest["knowledge_cutoff"] = max(source["newest"] for source in manifest["sources"])
+    manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k not in ("out", "downloads")}
+    manifest["near_duplicates"] = {    # the S-curve: chance to be found, by Jaccard similarity
+        s: round(s_curve(s, cfg.bands, cfg.rows), 4) for s in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)}
+    manifest["ledger"] = ledger_rows(ledger)
     with open(work / "train.copies", "wb") as f:
         for p in passes:
             write_ids(f, np.bincount(root)[root[copies > p]], np.uint32)
-    manifest["sources"] = [source_json(ledger, cfg, n, weight, times[n], files)
-                           for n, (weight, files) in enumerate(sources)]
-    manifest["knowledge_cutoff"] = max(source["newest"] for source in manifest["sources"])
-    manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k not in ("out", "downloads")}
-    if cfg.clean and "near_duplicate" not in cfg.skip:    # the S-curve: chance to be found, by similarity
-        manifest["near_duplicates"] = {s: round(s_curve(s, cfg.bands, cfg.rows), 4)
-                                       for s in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)}
-    manifest["ledger"] = ledger_json(ledger)
     (work / "encoding.json").write_text(json.dumps(encoding_to_dict(enc), indent=1))
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    if index:
+        save_index(index, work / "eval_index.npz")
     if cfg.dropped:
-        with open(work / "dropped.jsonl", "wb") as f:
-            for n in range(len(chunks)):
-                f.write((work / f"{n}.dropped").read_bytes())
+        dropped = [(work / f"{n}.dropped").read_bytes() for n in range(len(chunks))]
+        (work / "dropped.jsonl").write_bytes(b"".join(dropped))
     for pattern in ("*.text", "*.dropped", "train.*.*", "val.*.*"):
         for file in work.glob(pattern):
             file.unlink()
@@ -1708,7 +1736,7 @@ def prepare(cfg, enc, work, rank, group):
 
 
 def replace_folder(work, out):
-    """Put the finished folder in place of the old one; a half-written one never has the final name."""
+    """Put the finished folder in place of the old one; a half-written one never has its name."""
     old = work.with_suffix(".old")
     if out.exists():
         os.replace(out, old)

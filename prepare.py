@@ -521,11 +521,11 @@ def html_blocks(page):
             parts.append(LINE if name == "br" else " ")
         elif name in SILENT and not (name == "header" and article):
             close("")
-            marks = [i for i, (opened, _) in enumerate(silent) if opened == name]
-            if not ends:
+            at = next((i for i in range(len(silent) - 1, -1, -1) if silent[i][0] == name), None)
+            if not ends and len(silent) < 100:
                 silent.append((name, len(blocks)))
-            elif marks:
-                del blocks[silent[marks[-1]][1]:], silent[marks[-1]:]
+            elif ends and at is not None:
+                del blocks[silent[at][1]:], silent[at:]
         elif name in BLOCKS:
             close("" if ends else name)
             article += (name in ("article", "main")) * (-1 if ends else 1)
@@ -639,22 +639,23 @@ SCRIPTS = dict(zh="\u4e00-\u9fff", ja="\u3040-\u30ff", ko="\uac00-\ud7af", ru="\
                ar="\u0600-\u06ff", he="\u0590-\u05ff", el="\u0370-\u03ff", hi="\u0900-\u097f",
                th="\u0e00-\u0e7f")
 STOP_WORDS = "the be to of and that have with".split()
-INSULTS = set("""arsehole ass asshole assholes bastard bastards bitch bitches brainless bullshit
+INSULTS = """arsehole ass asshole assholes bastard bastards bitch bitches brainless bullshit
 cretin cunt cunts dickhead dimwit dirtbag disgusting dumb dumbass dummy faggot faggots filth filthy
 fool fools fuck fucked fucker fucking garbage hag hate hideous idiot idiotic idiots imbecile
 jackass jerk lazy liar liars loser losers lowlife maggot miserable moron moronic morons
 motherfucker nigger niggers pathetic pig prick psycho pussy retard retarded retards revolting scum
 scumbag shit shitty slut sluts stinking stupid subhuman suck sucks thug thugs trash twat ugly
-useless vermin vile wanker whore whores worm worthless""".split())
-SALES = set("""amazing approval approved bargain bargains best bonus brand buy buying card cart
+useless vermin vile wanker whore whores worm worthless""".split()
+SALES = """amazing approval approved bargain bargains best bonus brand buy buying card cart
 casino cash cheap cheapest checkout cialis claim click code congratulations coupon credit customers
 deal deals debt delivery discount discounted discounts doctors dollars earn exclusive free gift
 guarantee guaranteed hurry instant jackpot limited loan loans lottery lowest lucky money offer
 offers online order payday percent pills pounds price prices prize profit promo purchase refund
 replica risk sale sales satisfaction save savings secret shipping shop stock store subscribe trial
-trick unbeatable unlock unsubscribe viagra visit wholesale win winner winners""".split())
-WORD = np.dtype([("hash", "u8"), ("length", "i4"), ("letters", "?"), ("insult", "?"),
-                 ("sales", "?"), ("stop", "u1"), ("languages", "u2"), ("first", "i4"),
+trick unbeatable unlock unsubscribe viagra visit wholesale win winner winners""".split()
+INSULTS, SALES = ({word: n for n, word in enumerate(words, 1)} for words in (INSULTS, SALES))
+WORD = np.dtype([("hash", "u8"), ("length", "i4"), ("letters", "?"), ("insult", "u2"),
+                 ("sales", "u2"), ("stop", "u1"), ("languages", "u2"), ("first", "i4"),
                  ("matches", "i4")])
 
 
@@ -683,7 +684,8 @@ class Words(dict):
         stop = 1 << STOP_WORDS.index(plain) if plain in STOP_WORDS else 0
         languages = sum((plain in known) << n for n, known in enumerate(FUNCTION_WORDS.values()))
         self.table[i] = (hash64(utf8(word)), len(word), any(map(str.isalpha, word)),
-                         plain in INSULTS, plain in SALES, stop, languages, self.used, len(found))
+                         INSULTS.get(plain, 0), SALES.get(plain, 0), stop, languages,
+                         self.used, len(found))
         self.match[self.used:self.used + len(found)] = found
         self.used, self.size = self.used + len(found), self.size + len(word) + 200
         self[word] = i
@@ -873,14 +875,14 @@ def fineweb(doc, cfg):
 
 def toxic(doc, cfg):
     """Dense insults. One bad word, C4's rule, drops more good text than bad (arXiv 2104.08758)."""
-    found = doc.rows["hash"][doc.rows["insult"]]
+    found = doc.rows["insult"][doc.rows["insult"] > 0]
     if len(found) > cfg.max_insults * doc.n and len(np.unique(found)) >= 3:
         return "insults"
 
 
 def spam(doc, cfg):
     """Dense and varied sales talk; no published rule, the words are those of mail filters."""
-    found = doc.rows["hash"][doc.rows["sales"]]
+    found = doc.rows["sales"][doc.rows["sales"] > 0]
     if len(found) > cfg.max_sales * doc.n and len(np.unique(found)) >= 8:
         return "sales talk"
 
@@ -1588,6 +1590,8 @@ def main(cfg):
         fail(f"{e.filename or work}: {e.strerror or e}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if group:
+            dist.destroy_process_group()    # else gloo's threads abort the process now and then
 
 
 def prepare(cfg, sources, enc, work, rank, group):

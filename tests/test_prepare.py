@@ -4,10 +4,18 @@ Each docstring says what would be wrong with the world if the test failed.
 """
 import base64
 import gzip
+import hashlib
+import http.server
+import itertools
 import json
+import os
 import random
 import subprocess
 import sys
+import tempfile
+import threading
+import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -406,6 +414,518 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     """One bad byte loses a document, or passes without a word."""
     texts, manifest, _ = load(run(tmp_path, {"a.txt": b"a fine text with one \xff bad byte"}, val_fraction=0))
     assert texts == ["a fine text with one \ufffd bad byte"] and manifest["sources"][0]["broken_utf8"] == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# Extract, normalise
+
+
+ARTICLE = ("The harbour was quiet in the morning, and the boats lay side by side as they had for years. "
+           "Nobody could say why the old bell began to ring at six, but it was heard on both sides of the bay.")
+PAGE = """<html><head><title>Bells</title><style>p {{}}</style></head><body>
+<nav><ul><li><a href=/>Home</a><li><a href=/b>About us</a></ul></nav>
+<div>Please accept our cookies.</div><h1>The bell</h1><p>{}</p><p>It rang twice.</p>
+<p>{}</p><div class=side><a href=1>Ten hats you will not believe are still on sale this week in town</a></div><script>var x = "<p>not text</p>";</script><!-- <p>nor this</p> -->
+<pre>  keep   this</pre><footer>© 2024 Harbour Post. All rights reserved.</footer></body></html>"""
+
+
+def test_page_becomes_its_article():
+    """Menus, banners, footers and scripts end up in the training text, or the article does not."""
+    assert prepare.main_text(PAGE.format(ARTICLE, ARTICLE + "&nbsp;&eacute;")).split("\n") == [
+        "The bell", ARTICLE, "It rang twice.", ARTICLE + " é", "  keep   this"]
+
+
+@pytest.mark.parametrize("page", [
+    "<p>" + ARTICLE, f"<nav><p>{ARTICLE}", f"<table><tr><td>{ARTICLE}<br>", f"<p>{ARTICLE}<!-- open",
+    f"<P CLASS='a'>{ARTICLE}</P><script>never closed", f"<a href=x><p>{ARTICLE}</p></a >" + f"<p>{ARTICLE}</p>"])
+def test_page_that_closes_nothing(page):
+    """One forgotten closing tag loses the whole page."""
+    assert ARTICLE in prepare.main_text(page)
+
+
+@pytest.mark.parametrize("bait", ["<", "<!--", "<a <a ", "<script>", "<nav>", "</nav>", "<p", "&amp", "<a href='",
+                                  "[", "@a.", "1.", "1-", "a@", "+1 ", "A1B2 ", "....", "\n \n", "Ã©", "AKIA", "::"])
+def test_every_pattern_is_linear(bait):
+    """A page made to be slow stops a crawl: 2 MB of one pattern must take no more than seconds."""
+    text, words, started = bait * (400_000 // len(bait)), prepare.Words(), time.process_time()
+    prepare.main_text(text)
+    doc, _ = prepare.clean(text + "\n" + text.replace(" ", ""), prepare.PAGE, words,
+                           Config(skip=["language", "gopher_repetition", "gopher_quality"]), {})
+    prepare.scrub(doc.text)
+    assert time.process_time() - started < 4
+
+
+def test_mojibake_is_repaired_and_nothing_else():
+    """Twice-encoded text stays broken, or correct text in some language is "repaired" into nonsense."""
+    fine = "Zoë’s naïve café – £5, “rösti” à la mode … €3 ß Ünï SÃO PAULO Ã la 中文 Привет ½ Â"
+    assert prepare.repair(fine) == fine
+    for table in ("cp1252", "latin-1"):
+        broken = "".join(c.encode().decode(table, "ignore") if len(c.encode().decode(table, "ignore"))
+                         == len(c.encode()) else c for c in fine[:40])
+        assert broken != fine[:40] and prepare.repair(broken) == fine[:40]
+
+
+def test_normalise():
+    """Line ends or control characters get into the training text, or quotes and case are folded."""
+    assert prepare.normalise("\ufeffa\r\nb\rc\0d\x1fe\u0301 “Q” ﬁ\tx\x85\n") == "a\nb\ncdeé “Q” ﬁ\tx".replace("eé", "é")
+
+
+# ------------------------------------------------------------------------------------------------
+# Filter
+
+
+def judged(rule, text, **settings):
+    return rule(prepare.Doc(text, prepare.Words()), Config(**settings))
+
+
+def padded(lines, words=60):
+    """These lines in a text that no other rule of Gopher minds."""
+    return "\n".join([*lines, " ".join(f"{w}{i}x" for i in range(words) for w in ["the"] * (i < 1) + ["of"])])
+
+
+def test_gopher_repetition_numbers(monkeypatch):
+    """The n-gram arithmetic differs from Gopher's (data.md 15.9 to 11)."""
+    rule = prepare.gopher_repetition
+    assert judged(rule, "a b a b a b c d") == "top 2-gram"             # 3 x 3 / 15 = 0.60
+    assert judged(rule, "a a a a a") == "top 2-gram"                   # 4 x 3 / 9, above 1 is legal
+    assert judged(rule, "one fine day we went to sea and saw a whale") is None
+    assert judged(rule, "a\na\nb\nc") is None                          # 0.25
+    assert judged(rule, "a\na\na\nb") == "repeated lines"              # 0.50
+    monkeypatch.setattr(prepare, "TOP_NGRAM", {})
+    twice = "x1 x2 x3 x4 x5 x1 x2 x3 x4 x5"
+    assert judged(rule, twice) == "repeated 5-grams"                   # 10 / 29 = 0.345
+    monkeypatch.setattr(prepare, "COPIED_NGRAM", {5: 0.345})
+    assert judged(rule, twice) is None
+    monkeypatch.setattr(prepare, "COPIED_NGRAM", {5: 0.344})
+    assert judged(rule, twice) == "repeated 5-grams"
+
+
+def test_repeated_ngrams_equal_a_plain_count(monkeypatch):
+    """The fast count of repeated n-grams differs from datatrove's loop over words."""
+    def plain(words, n):
+        seen, chars, i = set(), 0, 0
+        while i < len(words) - n + 1:
+            gram = tuple(words[i:i + n])
+            if gram in seen:
+                chars, i = chars + len("".join(gram)), i + n
+            else:
+                seen.add(gram)
+                i += 1
+        return chars
+    monkeypatch.setattr(prepare, "TOP_NGRAM", {})
+    rng = random.Random(3)
+    for _ in range(100):
+        words = rng.choices(["a", "bb", "ccc"], k=rng.randint(12, 60))
+        text, n = " ".join(words), rng.randint(5, 10)
+        share = plain(words, n) / len(text)
+        for limit, flagged in ((share - 1e-9, share > 0), (share + 1e-9, False)):
+            monkeypatch.setattr(prepare, "COPIED_NGRAM", {n: limit})
+            assert (judged(prepare.gopher_repetition, text) == f"repeated {n}-grams") is flagged
+
+
+def test_gopher_quality_numbers():
+    """A threshold is off by one (data.md 15.12)."""
+    def page(*words):
+        return " ".join(words)
+    quality, body = prepare.gopher_quality, ["the", "of", *["word"] * 96]
+    assert judged(quality, page(*body[:50])) is None
+    assert judged(quality, page(*body[:49])) == "few words"
+    assert judged(quality, page(*body[:80], *["1234"] * 20)) is None
+    assert judged(quality, page(*body[:79], *["1234"] * 21)) == "few letters"
+    assert judged(quality, page(*["The"] * 60)) == "few stop words"
+    assert judged(quality, page(*["The"] * 60), languages=["de"]) is None
+    assert judged(quality, page("the", "of", *["ab"] * 98)) == "word length"
+    assert judged(quality, page("the", "of", *["#word"] * 20, *["word"] * 70)) == "symbols"
+    lines = [page(*body[:7])] * 10
+    assert judged(quality, "\n".join([f"- {x}" for x in lines[:9]] + lines[9:])) is None
+    assert judged(quality, "\n".join([f"- {x}" for x in lines] + lines[:1])) == "bullets"
+    assert judged(quality, "\n".join([f"{x}..." for x in lines[:3]] + lines[3:])) is None
+    assert judged(quality, "\n".join([f"{x}..." for x in lines[:4]] + lines[4:])) == "ellipses"
+
+
+def test_fineweb_numbers():
+    """A threshold is off by one (data.md 15.13)."""
+    def page(ended, short):
+        lines = [("w" if i < short else "w" * 31) + str(i) + "." * (i < ended) for i in range(100)]
+        return "\n".join(line + " x" * 4 + "." * (i < ended) for i, line in enumerate(lines))
+    rule = prepare.fineweb
+    assert judged(rule, page(12, 0)) is None and judged(rule, page(11, 0)) == "few end marks"
+    assert judged(rule, page(99, 67)) is None and judged(rule, page(99, 68)) == "short lines"
+    lines = [f"this is line {i} of a page, and it is no short line." for i in range(200)]
+    assert judged(rule, "\n".join([*lines, lines[0]])) is None    # 1 / 201 of the characters
+    assert judged(rule, "\n".join([*lines, *lines[:5]])) == "characters in copied lines"
+    assert judged(rule, "\n".join(["wordwordwordwordwordwordwordword one."] * 30), max_line_copies=1) == "newlines"
+
+
+def test_c4_cuts_lines_then_judges():
+    """C4's order is lost: a brace on a line that goes anyway must not condemn the page."""
+    good = "This line is a good one.\nSo is this one here too.\nAnd a third line of words."
+    doc = prepare.Doc(good + "\nshort line\nPlease turn on javascript { to go on.\nRead our privacy policy [1] now.",
+                      prepare.Words())
+    assert prepare.c4(doc, Config()) is None and doc.text == good
+    assert judged(prepare.c4, good + "\nhere is some code { of ours.") == "{"
+    assert judged(prepare.c4, good + "\nLorem ipsum dolor sit amet.") == "lorem ipsum"
+    assert judged(prepare.c4, "Only one sentence is on this page") == "few sentences"
+    doc = prepare.Doc(good + "\nA line [12] of words that ends", prepare.Words())
+    assert prepare.c4(doc, Config()) is None and doc.text.endswith("A line  of words that ends")
+    doc = prepare.Doc(good + "\nA line of words that ends", prepare.Words())
+    assert prepare.c4(doc, Config(c4_end_marks=True)) is None and doc.text == good
+
+
+@pytest.mark.parametrize("reason, text", [
+    (None, "When I came home in the evening there was a letter on the table, and nobody knew who had sent it to us."),
+    (None, "2 + 2 = 4"), (None, "Short text"),
+    ("language de", "Als ich am Abend nach Hause kam, lag ein Brief auf dem Tisch, und niemand wusste, wer ihn hatte."),
+    ("language fr", "Quand je suis rentré le soir, il y avait une lettre sur la table et on ne sait pas de qui elle est."),
+    ("language es", "Cuando llegué a casa por la noche había una carta en la mesa y no se sabe de quién es la carta."),
+    ("language it", "Quando sono tornato a casa la sera c'era una lettera sul tavolo e non si sa di chi è questa lettera."),
+    ("language nl", "Toen ik thuis kwam lag er een brief op de tafel en niemand van ons weet wie hem heeft geschreven."),
+    ("language ru", "Когда я пришёл домой, на столе лежало письмо, и никто не знал, кто его прислал."),
+    ("language zh", "我晚上回家的时候桌子上有一封信没有人知道是谁寄来的"),
+    ("language ja", "よる家にかえったら、テーブルのうえに手紙があって、だれからかわからない。"),
+    ("no function words", "qxv brt zzk plm wuv xaq grb tnk vvo lpp qqr sst dfg hjk"),
+])
+def test_language(reason, text):
+    """A language is taken for another, or clean English for none."""
+    assert judged(prepare.language, text) == reason
+    if reason and " " in reason and len(reason.split()[-1]) == 2:
+        assert judged(prepare.language, text, languages=["en", reason[-2:]]) is None
+
+
+def test_toxic_and_spam_look_at_density():
+    """A page about insults, or a story about a shop, is dropped; or a rant and a sales page are not."""
+    assert judged(prepare.toxic, "You stupid idiot, shut up, you are a pathetic liar.") == "insults"
+    assert judged(prepare.toxic, "He called me an idiot, a stupid one, and a liar. " + ARTICLE * 4) is None
+    assert judged(prepare.toxic, "Trash, trash, trash: the trash of the town is trash.") is None
+    assert judged(prepare.spam, "Buy cheap pills online! Best price, free shipping, click to claim a discount.")
+    assert judged(prepare.spam, "She went to the shop to buy bread at a good price. " + ARTICLE) is None
+
+
+# ------------------------------------------------------------------------------------------------
+# Scrub
+
+
+def test_checks_of_numbers():
+    """A checksum is computed wrongly (data.md 15.14)."""
+    assert prepare.luhn("4111111111111111") and not prepare.luhn("4111111111111112")
+    assert prepare.iban("GB82WEST12345698765432") and not prepare.iban("GB82WEST12345698765431")
+
+
+def test_scrub():
+    """Somebody's data stays in the text, or something harmless goes; or a second run changes more."""
+    key = "-----BEGIN RSA PRIVATE KEY-----\nMIIabc+/=\n-----END RSA PRIVATE KEY-----"
+    text = ("mail a.b+c@mail.example.org, call +44 20 7946 0123 or (202) 555-0134 or 202-555-0134, server 8.8.8.8. "
+            "Or 2607:f8b0:4005:805::200e, card 4111 1111 1111 1111, account GB82 WEST 1234 5698 7654 32, 536-22-1234, "
+            f"AKIAIOSFODNN7EXAMPLE {key} end")
+    clean, found = prepare.scrub(text)
+    assert clean == ("mail <EMAIL>, call <PHONE> or <PHONE> or <PHONE>, server <IP>. Or <IP>, card <CARD>, "
+                     "account <IBAN>, <SSN>, <KEY> <KEY> end")
+    assert sum(found.values()) == 11 and prepare.scrub(clean) == (clean, {})
+    fine = ("192.168.1.1 10.0.0.7 1.2.3.4.5 v1.2.3 4111111111111112 2024-01-02 12:30:45 std::vector a::b 3.14159265 "
+            "1,000,000,000 000-12-3456 user@localhost @name 100 200 300 400 2001 2002 2003 fe80::1 #1234567890")
+    assert prepare.scrub(fine) == (fine, {})
+
+
+# ------------------------------------------------------------------------------------------------
+# Deduplicate
+
+
+def test_s_curve():
+    """The printed chances are not those of the method (data.md 15.1)."""
+    assert round(prepare.s_curve(0.8, 14, 8), 4) == 0.9235 and round((1 / 14) ** (1 / 8), 4) == 0.7190
+
+
+def test_minhash_estimates_jaccard():
+    """Signatures agree more or less often than the sets overlap (data.md 15.2)."""
+    functions = prepare.hash_functions(1024)
+    one, two = (np.array([prepare.hash64(b"%d" % i) for i in s], np.uint64) for s in ((1, 2, 3), (2, 3, 4)))
+    agree = prepare.minhash(one, 1, functions) == prepare.minhash(two, 1, functions)
+    assert abs(agree.mean() - 0.5) < 0.07
+
+
+def test_union_in_any_order():
+    """The root of a cluster depends on the order in which its pairs were found (data.md 15.3)."""
+    for edges in itertools.permutations([(3, 1), (1, 2), (5, 6)]):
+        parent = np.arange(7)
+        prepare.union(parent, np.array(edges))
+        assert prepare.roots(parent).tolist() == [0, 1, 1, 1, 4, 5, 5]
+
+
+@pytest.mark.parametrize("similarity", [0.5, 0.6, 0.7, 0.8, 0.9, 0.95])
+def test_near_duplicates_are_found_at_the_predicted_rate(similarity):
+    """The curve printed is not the curve of the code, or more than one of a pair stays, or none."""
+    rng, pairs, n = np.random.default_rng(int(similarity * 100)), 300, 200
+    cfg, functions = Config(skip=["exact_duplicate", "url_duplicate"]), prepare.hash_functions(112)
+    shared = round(2 * n * similarity / (1 + similarity))
+    signatures = []
+    for _ in range(pairs):
+        words = rng.integers(0, 2 ** 64, 2 * n - shared, np.uint64)
+        signatures += [prepare.minhash(w, 1, functions) for w in (words[:n], words[n - shared:])]
+    signatures = np.array(signatures)
+
+    def band_rows(band):
+        keys = [prepare.hash64(s[band * 8:band * 8 + 8].tobytes()) for s in signatures]
+        return np.array([keys, range(len(keys))], np.uint64).T
+    docs = np.zeros(2 * pairs, prepare.DOC)
+    verdict, root = prepare.duplicates(docs, band_rows, cfg, None)
+    assert (verdict[::2] == "").all()    # of equal length the first stays
+    caught, chance = (verdict[1::2] == "near_duplicate").mean(), prepare.s_curve(shared / (2 * n - shared), 14, 8)
+    assert abs(caught - chance) < 4 * (chance * (1 - chance) / pairs) ** 0.5 + 0.005
+    assert (root[1::2] == np.where(verdict[1::2] == "", np.arange(1, 2 * pairs, 2), np.arange(0, 2 * pairs, 2))).all()
+
+
+def test_url_key():
+    """The same page under another spelling of its address counts as another page, or the reverse."""
+    assert len({prepare.url_key(u) for u in (
+        "http://X.org/a/?utm_source=mail&b=1", "https://x.org:443/a?b=1#part", "HTTP://x.ORG:80/a/?b=1")}) == 1
+    assert prepare.url_key("http://x.org/a?b=1") != prepare.url_key("http://x.org/a?b=2")
+    assert prepare.url_key("no address") == prepare.url_key("http://[broken") == ""
+
+
+def test_duplicates_keep_the_longest_of_the_first_source(tmp_path):
+    """The wrong copy stays: the later source's, or the shorter page of an address."""
+    long, other = words_of(1, 200), words_of(2, 200)
+    rows = [dict(text=long[:600], url="http://x.org/1"), dict(text=long, url="http://x.org/1?utm_id=7"),
+            dict(text=other, url="http://x.org/2")]
+    files = {"a/1.jsonl": "\n".join(map(json.dumps, rows)), "b/2.txt": other + " more"}
+    out = run(tmp_path, files, val_fraction=0, input=[f"{tmp_path}/raw/a", f"{tmp_path}/raw/b"], dropped=True)
+    texts, manifest, _ = load(out)
+    assert texts == [long, other] and lost(manifest) == {"url_duplicate": 1, "near_duplicate": 1}
+    assert np.fromfile(out / "train.copies", "<u4").tolist() == [2, 2]
+    dropped = [json.loads(line) for line in open(out / "dropped.jsonl")]
+    assert [(d["document"], d["reason"]) for d in dropped] == [
+        ("a/1.jsonl#0", "url_duplicate"), ("b/2.txt#0", "near_duplicate")]
+
+
+# ------------------------------------------------------------------------------------------------
+# Decontaminate
+
+
+def items(tmp_path, *rows):
+    (tmp_path / "eval").mkdir(exist_ok=True)
+    (tmp_path / "eval/x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "eval")
+
+
+def test_index_of_items(tmp_path):
+    """A 13-word item must give one 13-gram, a shorter one itself as a whole (data.md 15.16)."""
+    def lengths(*rows):
+        index = prepare.build_index(Config(eval=items(tmp_path, *rows)))
+        return [] if index is None else index["lengths"].tolist()
+    thirteen = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    assert lengths(dict(text=thirteen)) == [13] and lengths(dict(text=thirteen + " fourteen")) == [13, 13]
+    assert lengths(dict(text=thirteen[:-9])) == [12] and lengths(dict(question="What is it?", answer="tea")) == []
+    assert lengths(dict(question="What does Ada Lovelace drink?", answer="tea")) == [6]
+    assert lengths(dict(prompt=[dict(role="user", content=thirteen)], answer=["a"])) == [13, 13]
+    assert lengths(dict(query=thirteen, choices=["x", "y z"], gold=1)) == [13] * 3
+
+
+def test_planted_question_is_found_and_reported(tmp_path):
+    """An evaluation question stands in the training text and nobody says so; or a common phrase counts."""
+    question = "If 12 gulls eat 3 fish in 4 days how many fish do 24 gulls eat in a week?"
+    rows = [dict(id="sum", question=question, answer="10.5"), dict(id="clean", question=words_of(9, 20), answer="no"),
+            dict(id="phrase", text=words_of(8, 13))]
+    files = {f"{i}.txt": words_of(i, 60) + ". " + words_of(8, 13) for i in range(10, 30)}
+    files["leak.txt"] = words_of(1, 60) + " " + question.replace("12", "15").upper() + " " + words_of(2, 60)
+    out = run(tmp_path, files, eval=items(tmp_path, *rows), val_fraction=0)
+    texts, manifest, _ = load(out)
+    assert len(texts) == 20 and lost(manifest) == {"contaminated": 1}
+    index = prepare.load_index(out / "eval_index.npz")
+    assert index["names"][index["found"]].tolist() == ["sum"]
+    again = run(tmp_path, {}, eval=str(out / "eval_index.npz"), val_fraction=0)    # an index instead of items
+    assert lost(load(again)[1]) == {"contaminated": 1}
+
+
+def test_index_of_another_version(tmp_path):
+    """An index that means something else is used silently."""
+    np.savez(tmp_path / "old.npz", format=99)
+    assert "format 99" in error(run, tmp_path, {"a.txt": ARTICLE}, eval=str(tmp_path / "old.npz"))
+    (tmp_path / "old.npz").write_bytes(b"no archive")
+    assert "not an index" in error(run, tmp_path, {"a.txt": ARTICLE}, eval=str(tmp_path / "old.npz"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Mix
+
+
+def test_mixing_by_size_to_a_power():
+    """Small sources are not lifted as stated: sizes 100 and 10 with power 0.5 (data.md 15.19)."""
+    times = prepare.epochs([1, 1], [100, 10], 0.5)
+    shares = times * [100, 10] / (times @ [100, 10])
+    assert np.round(shares, 3).tolist() == [0.76, 0.24] and round(times @ [100, 10]) == 110
+    assert prepare.epochs([1, 2.5], [100, 10], 1).tolist() == [1, 2.5]
+
+
+def test_fractional_weights_and_four_epochs(tmp_path, capsys):
+    """A weight of 0.5 does not halve a source, or nobody is warned of the tenth repetition."""
+    files = {f"{'ab'[i % 2]}/{i}.txt": words_of(i, 30) for i in range(400)}
+    out = run(tmp_path, files, val_fraction=0, input=[f"{tmp_path}/raw/a:0.5", f"{tmp_path}/raw/b:5"])
+    sources = load(out)[1]["sources"]
+    texts = Counter(load(out)[0])
+    assert set(texts.values()) == {1, 5} and 70 < sum(n == 1 for n in texts.values()) < 130
+    assert "seen 5.0 times" in capsys.readouterr().out and sources[1]["epochs"] == 5
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def test_planted_defects():
+    """The cleaning does not earn its name: recall 95 %, precision 98 %, overall and per kind (DESIGN 6)."""
+    data = ROOT / "data"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "tokens"
+        prepare.main(Config(input=[str(data / "raw" / "*")], eval=str(data / "eval"), out=str(out), dropped=True))
+        dropped = {d["document"].removeprefix("raw/"): d["reason"] for d in
+                   map(json.loads, open(out / "dropped.jsonl"))}
+        text = "\n".join(sum((load(out, part)[0] for part in ("train", "val")), []))
+    labels = [row for row in map(json.loads, open(data / "labels.jsonl")) if "#" in row["doc"]]
+    bad = {row["doc"]: row for row in labels if row["action"] == "drop"}
+    copies = {row["of"]: doc for doc, row in bad.items() if "of" in row}
+    caught, kinds = Counter(), Counter(row["kind"] for row in bad.values())
+    for doc, row in bad.items():
+        caught[row["kind"]] += doc in dropped or row.get("of") in dropped    # one of a pair, either one
+    wrong = [doc for doc in dropped if doc not in bad and copies.get(doc, doc) in dropped]
+    recall = {kind: caught[kind] / kinds[kind] for kind in kinds}
+    print(f"recall {recall}, precision {1 - len(wrong) / len(dropped):.3f}, wrongly {wrong[:5]}")
+    assert min(recall.values()) >= 0.95 and len(wrong) <= 0.02 * len(dropped)
+    for kind, reasons in {"near_duplicate": ["near_duplicate"], "contamination": ["contaminated"]}.items():
+        blamed = [doc for doc in dropped if dropped[doc] in reasons]
+        assert sum(doc in wrong for doc in blamed) <= 0.02 * len(blamed), kind
+    mended = [row for row in labels if row["action"] in ("scrub", "fix") and row["doc"] not in dropped]
+    left = [span for row in mended for span in row["spans"] if span in text]
+    lost_words = [row["fixed"] for row in mended if row["action"] == "fix" and row["fixed"] not in text]
+    assert len(left) <= 0.05 * len(mended) and not lost_words, (left[:5], lost_words[:5])
+
+
+def test_ranks_give_the_same_bytes(tmp_path):
+    """torchrun changes the data: another number of ranks, another corpus."""
+    texts = [words_of(i % 130, 80) + f" {i}" * (i > 130) for i in range(170)]
+    for i in range(17):
+        (tmp_path / f"{i}.jsonl").write_text("\n".join(json.dumps(dict(text=t)) for t in texts[i * 10:i * 10 + 10]))
+    script = tmp_path / "small_chunks.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport prepare\n"
+                      "prepare.CHUNK = prepare.PART = 3000\nprepare.main(prepare.parse_args(prepare.Config))\n")
+    command = ["--input", f"{tmp_path}/*.jsonl", "--vocab_size", "300", "--skip", "language", "--dropped",
+               "--eval", items(tmp_path, dict(text=words_of(7, 20)))]
+    results = []
+    for ranks in (1, 2):
+        out = tmp_path / f"tokens{ranks}"
+        run_with = [sys.executable] if ranks == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run([*run_with, script, *command, "--out", out], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        results.append({f.name: f.read_bytes() for f in out.iterdir()})
+    assert results[0] == results[1] and {"contaminated", "near_duplicate"} <= set(lost(load(out)[1]))
+
+
+def test_warning_when_most_documents_go(tmp_path, capsys):
+    """Rules made for web pages empty a small corpus without a word."""
+    files = {"a.jsonl": "\n".join(json.dumps(dict(text=words_of(i, 30), url=f"http://x.org/{i}")) for i in range(9)),
+             "b.txt": ARTICLE}
+    run(tmp_path, files, web="auto")
+    shown = capsys.readouterr().out
+    assert "90% of the documents were dropped" in shown and "--skip gopher_quality" in shown
+
+
+def test_unknown_rule_and_language(tmp_path):
+    """A misspelt rule is skipped silently, that is, not at all."""
+    assert "choose from" in error(run, tmp_path, {"a.txt": ARTICLE}, skip=["toxicity"])
+    assert "choose from" in error(run, tmp_path, {"a.txt": ARTICLE}, languages=["english"])
+
+
+def test_bombs_are_bounded(tmp_path, monkeypatch):
+    """A few kilobytes that unpack to gigabytes fill the memory."""
+    monkeypatch.setattr(prepare, "LARGEST", 1 << 20)
+    assert "too large" in error(run, tmp_path, {"a.txt.gz": gzip.compress(bytes(1 << 24))})
+    assert "gzip inside" in error(run, tmp_path / "2", {"a.txt.gz": gzip.compress(gzip.compress(b"x"))})
+    body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + gzip.compress(b"<p>" + bytes(1 << 24))
+    assert len(prepare.http_body(body)[0]) <= 1 << 20
+    assert "not JSON" in error(run, tmp_path / "3", {"a.jsonl.gz": gzip.compress(b'{"text": "' + bytes(1 << 23))})
+
+
+def test_http_bodies():
+    """Chunked or compressed pages, which some crawlers store as they came, are lost."""
+    page = "<p>café</p>".encode()
+    def body(*headers, data):
+        return prepare.http_body(b"\r\n".join([b"HTTP/1.1 200 OK", *headers, b"", data]))
+    chunked = b"4\r\n" + page[:4] + b"\r\n" + b"%x;x=y\r\n" % (len(page) - 4) + page[4:] + b"\r\n0\r\n\r\n"
+    assert body(b"Transfer-Encoding: chunked", data=chunked)[0] == page
+    assert body(b"Content-Encoding: gzip", b"Content-Type: Text/HTML", data=gzip.compress(page)) == (page, "text/html")
+    assert body(b"Content-Encoding: deflate", data=zlib.compress(page))[0] == page
+    assert body(b"transfer-encoding: chunked", data=page)[0] == page    # joined, the header kept
+    assert prepare.html_record("<p>café</p>".encode("latin-1"), "latin-1")["text"] == "café"
+
+
+def test_wrong_content_length(tmp_path):
+    """One WARC record that lies about its length loses the rest of the file."""
+    good = [b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n" % (len(t), t)
+            for t in (words_of(i, 20).encode() for i in range(300))]
+    bad = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: 9\r\n\r\n" + b"x" * 50 + b"\r\n\r\n"
+    texts, manifest, _ = load(run(tmp_path, {"a.wet": b"".join(good[:5] + [bad] + good[5:])}, val_fraction=0))
+    assert len(texts) == 300 and lost(manifest) == {"wrong Content-Length": 1}
+
+
+def test_large_files_are_read_in_parts(tmp_path, monkeypatch):
+    """A part border loses, doubles or breaks a line or a character."""
+    monkeypatch.setattr(prepare, "PART", 1000)
+    monkeypatch.setattr(prepare, "CHUNK", 1000)
+    rows = [dict(text=f"{i} " + "é中" * (i % 400)) for i in range(100)]
+    text = "".join(random.Random(1).choices("aé中\U0001f600 \n", k=20000))
+    files = {"a.jsonl": "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "b.txt": text, "c.txt": "é" * 3000}
+    texts, manifest, _ = load(run(tmp_path, files, clean=False, val_fraction=0))
+    assert [t for r in rows for t in [r["text"]]] == texts[:100] and "".join(texts[100:]) == text + "é" * 3000
+    assert len(texts) > 140
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_download_goes_on_where_it_was_cut(tmp_path, ranges):
+    """A connection cut half way starts a download of hours anew, or leaves half a file as the whole."""
+    data, asked = os.urandom(300_000), []
+
+    class Cutting(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.headers.get("Range"))
+            start = int(asked[-1][6:-1]) if asked[-1] and ranges else 0
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(data) - start))
+            self.end_headers()
+            half = start + (len(data) - start) // 2
+            self.wfile.write(data[start:half if len(asked) < 3 else len(data)])
+
+        def log_message(self, *args):
+            pass
+    server = http.server.HTTPServer(("127.0.0.1", 0), Cutting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/some/file.txt"
+    path = prepare.download(address, hashlib.sha256(data).hexdigest(), tmp_path)
+    assert path.read_bytes() == data and len(asked) == 3 and os.listdir(tmp_path) == [path.name]
+    assert prepare.download(address, "", tmp_path) == path and len(asked) == 3    # it is there already
+    assert "sha256" in error(prepare.download, address.replace("file", "other"), "0" * 64, tmp_path)
+    server.shutdown()
+    server.server_close()
+    message = error(prepare.download, address.replace("file", "third"), "", tmp_path)
+    assert address.replace("file", "third") in message and str(tmp_path / "some-third.txt") in message
+
+
+def test_optional_packages(tmp_path):
+    """A missing optional package ends in a traceback; an installed one is not used."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        assert "pip install pyarrow" in error(run, tmp_path, {"a.parquet": b"PAR1"})
+    else:
+        (tmp_path / "raw").mkdir()
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "raw/a.parquet")
+        assert load(run(tmp_path, {}, val_fraction=0))[0] == ["one", "two"]
+    try:
+        import zstandard
+    except ImportError:
+        assert "pip install zstandard" in error(run, tmp_path / "z", {"a.txt.zst": b"\x28\xb5\x2f\xfdxx"})
+    else:
+        assert load(run(tmp_path / "z", {"a.txt.zst": zstandard.compress(b"text")}, val_fraction=0))[0] == ["text"]
 
 
 def test_command_line(tmp_path):

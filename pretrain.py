@@ -328,7 +328,7 @@ def main(cfg):
     model = torch.compile(raw) if cfg.compile and can_compile(d.device) else raw
     if d.world_size > 1:
         model = DDP(model, device_ids=[d.local_rank] if d.device.type == "cuda" else None,
-                    broadcast_buffers=False, gradient_as_bucket_view=True)
+                    forward_sync_buffers=False, gradient_as_bucket_view=True)
     optimizers = make_optimizers(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay,
                                  (cfg.beta1, cfg.beta2))
 

@@ -102,7 +102,8 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
                                tie_embeddings=c.tie_embeddings, dropout=c.dropout)
         except ValueError as e:
             fail(e)
-    c.total_batch_tokens = c.total_batch_tokens or c.block_size * 2 * c.n_layer * d.world_size
+    rows = 2 ** max(0, round(math.log2(8 * (c.n_layer / 4) ** 3)))    # whatever the number of ranks
+    c.total_batch_tokens = c.total_batch_tokens or c.block_size * rows
     c.learning_rate = c.learning_rate or 0.008 * (192 / c.n_embd) ** 0.5
     if c.compile is None:
         c.compile = d.device.type == "cuda"

@@ -547,6 +547,31 @@ class GPT(nn.Module):
         return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * c.block_size
 
 
+class ScalarHead(nn.Module):
+    """One number a position: a reward model, read at a text's last token, or a critic.
+
+    Weights of the head ~ N(0, 1/(C + 1)), bias 0: Stiennon et al. 2020, arXiv 2009.01325.
+    """
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.gpt, self.config = gpt, gpt.config
+        gpt.head = None    # of no use here, and DDP would wait for its gradient
+        self.score = nn.Linear(gpt.config.n_embd, 1)
+        nn.init.normal_(self.score.weight, std=(gpt.config.n_embd + 1) ** -0.5)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, ids, doc=None):
+        """Scores (B, T), float32."""
+        return F.linear(self.gpt.hidden(ids, doc).float(), self.score.weight,
+                        self.score.bias).squeeze(-1)
+
+
+def at_last(scores, lengths):
+    """(B,): the score of each row's last real token; scores (B, T), lengths (B,) in tokens."""
+    return scores.gather(1, (lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+
+
 # ------------------------------------------------------------------------------------------------
 # Sampling
 
@@ -670,7 +695,7 @@ def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
     """One self-contained file: float32 weights, sizes, tokenizer, settings, what resuming needs."""
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     if model.config.tie_embeddings:
-        weights.pop("head.weight")
+        weights.pop("head.weight", None)
     checkpoint = dict(format=1, stage=stage, step=step, weights=weights,
                       model_config=dataclasses.asdict(model.config), encoding=encoding_to_dict(enc),
                       stage_config=dataclasses.asdict(stage_config), **extra)
@@ -692,7 +717,7 @@ def load_checkpoint(path, made_by):
 def load_weights(model, checkpoint):
     """Copy the checkpoint's weights into the model; every one must be there and fit."""
     weights = dict(checkpoint["weights"])
-    if model.config.tie_embeddings:
+    if model.config.tie_embeddings and "embed.weight" in weights:
         weights["head.weight"] = weights["embed.weight"]
     try:
         model.load_state_dict(weights, strict=True)
@@ -701,8 +726,10 @@ def load_weights(model, checkpoint):
 
 
 def load_model(checkpoint, device):
-    """(model, tokenizer) of a loaded checkpoint."""
+    """(model, tokenizer) of a loaded checkpoint; a ScalarHead if that is what was saved."""
     model = GPT(GPTConfig(**checkpoint["model_config"]))
+    if "score.weight" in checkpoint["weights"]:
+        model = ScalarHead(model)
     load_weights(model, checkpoint)
     return model.to(device), encoding_from_dict(checkpoint["encoding"])
 

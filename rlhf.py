@@ -589,8 +589,8 @@ def main(cfg):
         if step % cfg.log_every == 0:
             left = (cfg.max_steps - step) * sum(spent) / len(spent)
             line = (f"step {step:6d} | reward {values['reward']:7.3f} | gold "
-                    f"{values['gold']:5.3f} | kl {values['kl']:6.3f} | entropy {values['entropy']:5.3f} | length "
-                    f"{values['length']:5.1f} | stopped {values['stopped']:5.1%} | norm "
+                    f"{values['gold']:5.3f} | kl {values['kl']:6.3f} | entropy "
+                    f"{values['entropy']:5.3f} | length {values['length']:5.1f} | stopped {values['stopped']:5.1%} | norm "
                     f"{norms[0]:5.2f} | eta {duration(left)}")
             spent = []
         log(line, step=step, **values, kl_coef=state["kl_coef"], stopped_early=skipped,

@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, cosine_lr, duration,
                    encoding_hash, fail, generate, keep_valid, load_checkpoint, load_model,
-                   make_optimizers, parse_args, peak_memory, pick, print0, read_rows, render_chat, save_checkpoint,
-                   seed_step, setup, sum_over_ranks, to_prompt, token_logprobs)
+                   make_optimizers, parse_args, peak_memory, pick, print0, read_rows, render_chat,
+                   save_checkpoint, seed_step, setup, sum_over_ranks, to_prompt, token_logprobs)
 from reward import load_pairs, score_all, split_by_prompt
 from sft import collate
 

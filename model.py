@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import sys
 import time
 import types
 import typing
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,11 +216,24 @@ def peak_flops(d):
 ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant", "tool")
 # Pre-tokenizer of GPT-4 (cl100k_base, openai/tiktoken): merges never cross these pieces.
-GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
               r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 
 
-def make_encoding(name, pattern, ranks, special_tokens=None):
+class ComposedEncoding(tiktoken.Encoding):
+    """Composes characters (Unicode NFC) before encoding, as Qwen does: e + accent is e-acute."""
+
+    def encode(self, text, **kwargs):
+        return super().encode(unicodedata.normalize("NFC", text), **kwargs)
+
+    def encode_ordinary(self, text):
+        return super().encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def encode_to_numpy(self, text, **kwargs):
+        return super().encode_to_numpy(unicodedata.normalize("NFC", text), **kwargs)
+
+
+def make_encoding(name, pattern, ranks, special_tokens=None, nfc=False):
     """tiktoken.Encoding with our four control tokens added after the last id unless there already.
 
     ranks: {bytes: id}. Large vocabularies get reserved ids up to a multiple of 64: matrix products
@@ -231,20 +246,21 @@ def make_encoding(name, pattern, ranks, special_tokens=None):
             special_tokens[token], free = free, free + 1
     while free > 1024 and free % 64:
         special_tokens[f"<|reserved_{free}|>"], free = free, free + 1
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens=special_tokens)
+    return (ComposedEncoding if nfc else tiktoken.Encoding)(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 def encoding_to_dict(enc):
     """Plain strings and ints, safe for JSON and torch.load; ranks as in .tiktoken files."""
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
     return dict(name=enc.name, pattern=enc._pat_str, special_tokens=dict(enc._special_tokens),
-                ranks="\n".join(f"{base64.b64encode(b).decode()} {i}" for b, i in ranks))
+                ranks="\n".join(f"{base64.b64encode(b).decode()} {i}" for b, i in ranks),
+                **(dict(nfc=True) if isinstance(enc, ComposedEncoding) else {}))
 
 
 def encoding_from_dict(d):
     ranks = {base64.b64decode(b): int(i) for b, i in map(str.split, d["ranks"].splitlines())}
-    return make_encoding(d["name"], d["pattern"], ranks, d["special_tokens"])
+    return make_encoding(d["name"], d["pattern"], ranks, d["special_tokens"], d.get("nfc", False))
 
 
 def encoding_hash(enc):
@@ -344,6 +360,7 @@ class GPTConfig:
     norm_eps: float = 1e-6
     rope_base: float = 10_000.0
     rope_scaling: dict | None = None  # Llama 3's, as config.json has it
+    nope_layers: list | None = None   # layers without rotary positions (SmolLM3)
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -430,9 +447,9 @@ class RMSNorm(nn.Module):
 
 class CausalSelfAttention(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config, rotary=True):
         super().__init__()
-        self.head_size, self.qk_norm = config.head_size, config.qk_norm
+        self.head_size, self.qk_norm, self.rotary = config.head_size, config.qk_norm, rotary
         q_size, kv_size = config.n_head * config.head_size, config.n_kv_head * config.head_size
         self.q_proj = nn.Linear(config.n_embd, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
@@ -448,7 +465,8 @@ class CausalSelfAttention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))    # (B, T, H or K, D)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.rotary:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))         # (B, H or K, T, D)
         if write_cache:
             k, v = write_cache(k, v)                             # (B, K, S, D)
@@ -471,10 +489,10 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config, rotary=True):
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, rotary)
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -490,7 +508,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, rotary=i not in (config.nope_layers or ()))
+                                    for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         cos, sin = rope_tables(config)
@@ -703,7 +722,12 @@ def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
 
 
 def load_checkpoint(path, made_by):
-    """What save_checkpoint wrote; code is never unpickled. made_by: the command that makes it."""
+    """What save_checkpoint wrote, or a public model's folder in the same form.
+
+    Code is never unpickled. made_by: the command that makes the file, for the message.
+    """
+    if Path(path).is_dir():
+        return import_model(path)
     if not Path(path).exists():
         fail(f"{path} does not exist; make it with: {made_by}")
     try:
@@ -756,3 +780,262 @@ class Log:
                 fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
             if line:
                 print0(line)
+
+
+# ------------------------------------------------------------------------------------------------
+# Public models, in: a folder as transformers has it. What is not supported is named, never guessed
+
+# What byte-level tokenizers split text with if they do not say, and with every digit on its own.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_SPLIT = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})"
+                r"|\s+(?!\S)|\s+")
+# tokenizer.json writes bytes as letters: printable ones stand for themselves, others follow 255.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = {b: chr(b) for b in PRINTABLE} | {
+    b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+BYTES = {letter: b for b, letter in LETTERS.items()}
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+WEIGHT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_json(path):
+    try:
+        data = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        fail(f"{path} is missing")
+    except (OSError, ValueError) as e:
+        fail(f"{path} cannot be read as JSON: {e}")
+    return data if isinstance(data, dict) else fail(f"{path} is not a JSON object")
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file, memory-mapped: 8 bytes length, JSON header, data."""
+    size = path.stat().st_size if path.exists() else fail(f"{path} is missing")
+    data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if size < 8 or start > size:
+        fail(f"{path}: its header would end at byte {start}, the file has {size}; is it complete?")
+    tensors = {}
+    try:
+        for name, entry in json.loads(data[8:start].tobytes()).items():
+            if name == "__metadata__":
+                continue
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            dtype = WEIGHT_TYPES.get(entry["dtype"])
+            if dtype is None:
+                fail(f"{path}: {name} has dtype {entry['dtype']}; {' '.join(WEIGHT_TYPES)} are read")
+            if end > size:
+                fail(f"{path}: {name} would end at byte {end}, the file has {size}; is it complete?")
+            if not start <= begin <= end or end - begin != math.prod(entry["shape"]) * dtype.itemsize:
+                fail(f"{path}: {name} has {end - begin} bytes, not those of shape {entry['shape']}")
+            tensors[name] = torch.from_numpy(data[begin:end]).view(dtype).view(entry["shape"])
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        fail(f"{path}: damaged header ({type(e).__name__}: {e})")
+    return tensors
+
+
+def import_config(path):
+    """(GPTConfig, id of the token that ends a text or None) from a config.json."""
+    c = read_json(path)
+
+    def get(name, default=None, kind=int):
+        value = default if c.get(name) is None else c[name]
+        if type(value) is not kind or kind is int and value < 1:
+            fail(f"{path}: {name} is {value!r}, expected {kind.__name__}")
+        return value
+
+    family = c.get("model_type")
+    if family not in FAMILIES:
+        fail(f"{path}: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
+    rope = {"rope_theta": c.get("rope_theta")}    # of old, then under one roof in transformers 5
+    rope |= (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    for name, value, supported in (
+            ("hidden_act", c.get("hidden_act"), ("silu", None)),
+            ("attention_bias", c.get("attention_bias"), (False, None)),
+            ("mlp_bias", c.get("mlp_bias"), (False, None)),
+            ("quantization_config", c.get("quantization_config"), (None,)),
+            ("rope_type", rope_type, ("default", "llama3")),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None))):
+        if value not in supported:
+            fail(f"{path}: {name} {value!r} is not supported")
+    scaling = None
+    if rope_type == "llama3":
+        scaling = dict(rope_type="llama3")
+        for name in ("factor", "low_freq_factor", "high_freq_factor",
+                     "original_max_position_embeddings"):
+            if type(rope.get(name)) not in (int, float):
+                fail(f"{path}: {name} is {rope.get(name)!r}, expected a number")
+            scaling[name] = rope[name]
+    n_layer, n_head = get("num_hidden_layers"), get("num_attention_heads")
+    context, nope = get("max_position_embeddings"), []
+    if c.get("use_sliding_window", family == "mistral"):
+        window = c.get("sliding_window", 4096) or context
+        if window < context:    # up to there a sliding window is no window at all
+            print0(f"{path}: context {window} instead of {context}, its sliding window")
+            context = window
+    if family == "smollm3":
+        every = c.get("no_rope_layer_interval", 4)
+        flags = c.get("no_rope_layers") or [(i + 1) % every for i in range(n_layer)]
+        nope = [i for i, has_rope in enumerate(flags[:n_layer]) if not has_rope]
+    eos = c.get("eos_token_id")
+    try:
+        return GPTConfig(
+            context, get("vocab_size"), n_layer, n_head, get("num_key_value_heads", n_head),
+            get("hidden_size"), get("intermediate_size"), c.get("head_dim"), family == "qwen3",
+            family == "qwen2", get("tie_word_embeddings", family == "smollm3", bool),
+            norm_eps=get("rms_norm_eps", 1e-6, float),
+            rope_base=float(rope.get("rope_theta") or (2e6 if family == "smollm3" else 1e4)),
+            rope_scaling=scaling, nope_layers=nope or None), (
+            eos[0] if isinstance(eos, list) and eos else eos)
+    except (ValueError, TypeError) as e:
+        fail(f"{path}: {e}")
+
+
+def last_pair(ranks, token):
+    """The two tokens whose merge makes this one, when merging by rank; None if that never does."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(
+            zip(parts, parts[1:])))
+        if rank == math.inf:
+            return None
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts) if all(part in ranks for part in parts) else None
+
+
+def import_split(steps):
+    """The pattern of a byte-level pre-tokenizer, given as a list of steps; None: not expressible."""
+    *first, last = steps
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True) or len(first) > 1:
+        return None
+    if last.get("use_regex", True):
+        digits = [dict(type="Digits", individual_digits=True)]
+        return GPT2_SPLIT if not first else DIGITS_SPLIT if first == digits else None
+    if not first or first[0].get("type") != "Split":
+        return None
+    how = first[0].get("behavior"), first[0].get("invert", False)
+    return first[0]["pattern"].get("Regex") if how in (("Isolated", False), ("Removed", True)) else None
+
+
+def import_tokenizer(path, vocab_size=0, eos=None):
+    """(Encoding, ids it adds) from a tokenizer.json of the byte-level BPE kind: the same ids.
+
+    tiktoken merges the pair whose result has the lowest id, transformers the pair that stands first
+    in `merges`. Both agree if every token's last merge is in that list, in the order of the ids.
+    Bytes that the vocabulary lacks (transformers drops them) and control tokens get new ids. A
+    model without <|endoftext|> has another token that ends a text: that is then our name for it.
+    """
+    path = Path(path)
+    if not path.exists():
+        fail(f"{path} is missing" + ("; SentencePiece's tokenizer.model is not read"
+                                     if (path.parent / "tokenizer.model").exists() else ""))
+    t = read_json(path)
+    try:
+        model, normalizer = t["model"], (t.get("normalizer") or {}).get("type")
+        for name, value, good in (
+                ("model.type", model["type"], model["type"] == "BPE"),
+                *((f"model.{k}", model.get(k), not model.get(k)) for k in (
+                    "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")),
+                ("normalizer", normalizer, normalizer in (None, "NFC"))):
+            if not good:
+                fail(f"{path}: {name} {value!r} is not supported, only byte-level BPE")
+        split = t.get("pre_tokenizer") or {}
+        pattern = import_split(split.get("pretokenizers") or [split])
+        if pattern is None:
+            fail(f"{path}: pre_tokenizer {json.dumps(split)[:120]} is not supported")
+        special = {token["content"]: token["id"] for token in t.get("added_tokens", [])}
+        ranks = {bytes(BYTES[c] for c in token): i for token, i in model["vocab"].items()
+                 if token not in special}
+        merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        order = {tuple(bytes(BYTES[c] for c in part) for part in m): n for n, m in enumerate(merges)}
+        at = -1
+        for token in sorted(ranks, key=ranks.get):
+            pair = last_pair(ranks, token) if len(token) > 1 else None
+            before, at = at, order.get(pair, -1) if pair else at
+            if len(token) > 1 and (at <= before if pair else not model.get("ignore_merges")):
+                fail(f"{path}: merging by id would not make token {ranks[token]}, {token!r}, as "
+                     f"its merges do; such a tokenizer is not supported")
+        names = {i: name for name, i in special.items()}
+        if ENDOFTEXT not in special and names.get(eos, PAD) not in (IM_START, IM_END, PAD):
+            special[ENDOFTEXT] = eos
+        known = {*ranks.values(), *special.values()}
+        free = itertools.count(max(known) + 1)
+        if not model.get("ignore_merges"):    # else whole pieces are tokens, and bytes need not be
+            ranks |= {bytes([b]): next(free) for b in range(256)
+                      if b not in NEVER_IN_UTF8 and bytes([b]) not in ranks}
+        special |= {token: next(free) for token in (ENDOFTEXT, IM_START, IM_END, PAD)
+                    if token not in special}
+        new = sorted({*ranks.values(), *special.values()} - known)
+        special |= {f"<|reserved_{i}|>": i for i in {*range(max(vocab_size, next(free)))}
+                    - known - {*new}}    # every id that the model can say has a name
+        enc = make_encoding(path.parent.name, pattern, ranks, special, normalizer == "NFC")
+        probe = " a  B1\n\t\r\n #_'s\u00e9\u4e2d\u0301\U0001f600.\0"
+        if len(ranks) >= 256 and enc.decode(enc.encode_ordinary(probe)) != probe:
+            fail(f"{path}: pre_tokenizer {pattern!r} loses text")
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        fail(f"{path}: not a byte-level BPE tokenizer, or damaged ({type(e).__name__}: {e})")
+    return enc, new
+
+
+def public_name(name):
+    """A weight's name in the folders of transformers."""
+    for ours, theirs in ((".attn_norm.", ".input_layernorm."), (".attn.", ".self_attn."),
+                         (".mlp_norm.", ".post_attention_layernorm."), ("blocks.", "model.layers."),
+                         ("embed.", "model.embed_tokens."), ("head.", "lm_head.")):
+        name = name.replace(ours, theirs)
+    return "model.norm.weight" if name == "norm.weight" else name
+
+
+def import_weights(folder, config):
+    """{our name: tensor} of all weights that the config asks for, no more and no fewer."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.exists() or not index.exists():
+        if not whole.exists() and any(folder.glob("*.bin")):
+            fail(f"{folder} has pickled weights only (.bin), which can run code when they are read; "
+                 f"get model.safetensors")
+        files = [whole]
+    else:
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
+            fail(f"{index}: weight_map is missing or damaged")
+        files = [folder / Path(file).name for file in sorted(set(named.values()))]
+    theirs = {name: t for file in files for name, t in read_safetensors(file).items()}
+    with torch.device("meta"):
+        wanted = {name: t.shape for name, t in GPT(config).state_dict().items()
+                  if not (config.tie_embeddings and name == "head.weight")}
+    weights = {}
+    for name, shape in wanted.items():
+        t = theirs.pop(public_name(name), None)
+        if t is None:
+            fail(f"{folder}: {public_name(name)} is in no weight file")
+        if t.shape != shape:
+            fail(f"{folder}: {public_name(name)} has shape {[*t.shape]}, its config.json asks for "
+                 f"{[*shape]}")
+        weights[name] = t
+    tied = theirs.pop("lm_head.weight", weights["embed.weight"])
+    if not torch.equal(tied, weights["embed.weight"]):
+        fail(f"{folder}: tie_word_embeddings is true, but lm_head.weight is another matrix")
+    if left := [name for name in theirs if not name.endswith("rotary_emb.inv_freq")]:
+        fail(f"{folder}: {left[0]} is not a weight of this kind of model")
+    return weights
+
+
+def import_model(folder):
+    """A public model's folder as load_checkpoint returns our own files; nothing of it is copied
+    to memory yet. Rows of the embeddings for ids that are new are the mean of the others."""
+    folder = Path(folder)
+    config, eos = import_config(folder / "config.json")
+    enc, new = import_tokenizer(folder / "tokenizer.json", config.vocab_size, eos)
+    weights = import_weights(folder, config)
+    for name in {"embed.weight", "head.weight"} & weights.keys():
+        rows = weights[name]
+        mean = rows.mean(0, dtype=torch.float32).to(rows.dtype)
+        if enc.n_vocab > len(rows):
+            rows = torch.cat([rows, mean.expand(enc.n_vocab - len(rows), -1)])
+        rows[new] = mean
+        weights[name] = rows
+    config.vocab_size = enc.n_vocab
+    return dict(format=1, stage="imported", step=0, weights=weights, stage_config={},
+                model_config=dataclasses.asdict(config), encoding=encoding_to_dict(enc))

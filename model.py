@@ -1028,21 +1028,21 @@ def read_safetensors(path):
     data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     if size < 8 or start > size:
-        fail(f"{path}: its header would end at byte {start}, the file has {size}; is it complete?")
+        fail(f"{path}: its header would end at byte {start} of {size}; is the file complete?")
     tensors = {}
     try:
         for name, entry in json.loads(data[8:start].tobytes()).items():
             if name == "__metadata__":
                 continue
+            shape, dtype = entry["shape"], WEIGHT_TYPES.get(entry["dtype"])
             begin, end = (start + offset for offset in entry["data_offsets"])
-            dtype = WEIGHT_TYPES.get(entry["dtype"])
             if dtype is None:
-                fail(f"{path}: {name} has dtype {entry['dtype']}; {' '.join(WEIGHT_TYPES)} are read")
+                fail(f"{path}: {name} is {entry['dtype']}; {' '.join(WEIGHT_TYPES)} are read")
             if end > size:
-                fail(f"{path}: {name} would end at byte {end}, the file has {size}; is it complete?")
-            if not start <= begin <= end or end - begin != math.prod(entry["shape"]) * dtype.itemsize:
-                fail(f"{path}: {name} has {end - begin} bytes, not those of shape {entry['shape']}")
-            tensors[name] = torch.from_numpy(data[begin:end]).view(dtype).view(entry["shape"])
+                fail(f"{path}: {name} would end at byte {end} of {size}; is the file complete?")
+            if not start <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
+                fail(f"{path}: {name} has {end - begin} bytes, not those of shape {shape}")
+            tensors[name] = torch.from_numpy(data[begin:end]).view(dtype).view(shape)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         fail(f"{path}: damaged header ({type(e).__name__}: {e})")
     return tensors
@@ -1119,7 +1119,7 @@ def last_pair(ranks, token):
 
 
 def import_split(steps):
-    """The pattern of a byte-level pre-tokenizer, given as a list of steps; None: not expressible."""
+    """The pattern of a byte-level pre-tokenizer, a list of steps; None: not to be had as one."""
     *first, last = steps
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True) or len(first) > 1:
         return None
@@ -1128,8 +1128,9 @@ def import_split(steps):
         return GPT2_SPLIT if not first else DIGITS_SPLIT if first == digits else None
     if not first or first[0].get("type") != "Split":
         return None
-    how = first[0].get("behavior"), first[0].get("invert", False)
-    return first[0]["pattern"].get("Regex") if how in (("Isolated", False), ("Removed", True)) else None
+    keeps = first[0].get("behavior"), first[0].get("invert", False)
+    keeps = keeps in (("Isolated", False), ("Removed", True))
+    return first[0]["pattern"].get("Regex") if keeps else None
 
 
 def import_tokenizer(path, vocab_size=0, eos=None):
@@ -1162,7 +1163,8 @@ def import_tokenizer(path, vocab_size=0, eos=None):
         ranks = {bytes(BYTES[c] for c in token): i for token, i in model["vocab"].items()
                  if token not in special}
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        order = {tuple(bytes(BYTES[c] for c in part) for part in m): n for n, m in enumerate(merges)}
+        merges = (tuple(bytes(BYTES[c] for c in part) for part in m) for m in merges)
+        order = {pair: n for n, pair in enumerate(merges)}
         at = -1
         for token in sorted(ranks, key=ranks.get):
             pair = last_pair(ranks, token) if len(token) > 1 else None
@@ -1206,8 +1208,8 @@ def import_weights(folder, config):
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if whole.exists() or not index.exists():
         if not whole.exists() and any(folder.glob("*.bin")):
-            fail(f"{folder} has pickled weights only (.bin), which can run code when they are read; "
-                 f"get model.safetensors")
+            fail(f"{folder} has pickled weights only (.bin), which can run code when read; get "
+                 f"model.safetensors")
         files = [whole]
     else:
         named = read_json(index).get("weight_map")
@@ -1252,3 +1254,127 @@ def import_model(folder):
     config.vocab_size = enc.n_vocab
     return dict(format=1, stage="imported", step=0, weights=weights, stage_config={},
                 model_config=dataclasses.asdict(config), encoding=encoding_to_dict(enc))
+
+
+# ------------------------------------------------------------------------------------------------
+# Public models, out: a folder that transformers, vLLM and lm-evaluation-harness load
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}
+{{- raise_exception('unknown role ' + message['role']) -}}
+{%- endif -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+
+def public_config(c, dtype, eos, pad):
+    """A config.json for our sizes, under both spellings of the rotary settings."""
+    kinds = dict(qwen3=c.qk_norm, qwen2=c.qkv_bias, smollm3=bool(c.nope_layers))
+    kind = next((k for k, yes in kinds.items() if yes), "llama")
+    if sum(kinds.values()) > 1:
+        fail(f"no public architecture has {' and '.join(k for k, yes in kinds.items() if yes)} "
+             f"features (qk_norm, qkv_bias, nope_layers) at once")
+    rope = c.rope_scaling or dict(rope_type="default")
+    name = dict(qwen3="Qwen3", qwen2="Qwen2", smollm3="SmolLM3", llama="Llama")[kind]
+    return dict(
+        architectures=[f"{name}ForCausalLM"], model_type=kind, vocab_size=c.vocab_size,
+        hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size,
+        hidden_act="silu", max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tie_embeddings, attention_bias=False, mlp_bias=False,
+        use_sliding_window=False, sliding_window=None, rope_theta=c.rope_base,
+        rope_scaling=c.rope_scaling, rope_parameters=dict(rope_theta=c.rope_base, **rope),
+        bos_token_id=None, eos_token_id=eos, pad_token_id=pad, torch_dtype=dtype,
+        **(dict(no_rope_layers=[int(i not in c.nope_layers) for i in range(c.n_layer)])
+           if c.nope_layers else {}))
+
+
+def public_tokenizer(enc):
+    """A tokenizer.json with the same ids. Tokens that no merge makes are found as whole pieces."""
+    ranks = dict(sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
+    letters = {token: "".join(LETTERS[b] for b in token) for token in ranks}
+    pairs = {token: last_pair(ranks, token) for token in ranks if len(token) > 1}
+    names = {i: name for name, i in reversed(enc._special_tokens.items())    # an alias comes last
+             if name != f"<|reserved_{i}|>"}
+    vocab = {letters[token]: i for token, i in ranks.items()} | {n: i for i, n in names.items()}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    split = dict(type="Split", pattern=dict(Regex=enc._pat_str), behavior="Isolated", invert=False)
+    as_letters = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    return dict(
+        version="1.0", truncation=None, padding=None,
+        added_tokens=[dict(id=i, content=names[i], **flags, special=True) for i in sorted(names)],
+        normalizer=dict(type="NFC") if isinstance(enc, ComposedEncoding) else None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[split, as_letters]),
+        post_processor=None, decoder=as_letters, model=dict(
+            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+            end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
+            ignore_merges=None in pairs.values(), vocab=vocab,
+            merges=[[letters[part] for part in pair] for pair in pairs.values() if pair]))
+
+
+def write_safetensors(path, tensors, dtype):
+    """Tensors as one .safetensors file, one after the other: no second copy in memory."""
+    code, header, end = {t: k for k, t in WEIGHT_TYPES.items()}[dtype], {}, 0
+    for name, t in tensors.items():
+        begin, end = end, end + t.numel() * dtype.itemsize
+        header[name] = dict(dtype=code, shape=[*t.shape], data_offsets=[begin, end])
+    text = json.dumps(dict(__metadata__=dict(format="pt"), **header)).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(f):
+        f.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            f.write(t.to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
+
+    write_atomic(path, write)
+
+
+def export_model(path, folder, dtype="float32"):
+    """Write a checkpoint (or a folder that was read) as a folder of public files."""
+    checkpoint, folder = load_checkpoint(path, "python pretrain.py"), Path(folder)
+    if "score.weight" in checkpoint["weights"]:
+        fail(f"{path} is a reward model; only language models are exported")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"{folder} exists already; give a new folder")
+    enc = encoding_from_dict(checkpoint["encoding"])
+    config = GPTConfig(**checkpoint["model_config"])
+    eot, end, pad = (enc._special_tokens[t] for t in (ENDOFTEXT, IM_END, PAD))
+    public = public_config(config, dtype, eot, pad)
+    tensors = {public_name(name): t for name, t in checkpoint["weights"].items()}
+    tokenizer = public_tokenizer(enc)
+    names = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    talks = checkpoint["stage"] not in ("pretrain", "imported")
+    write_safetensors(folder / "model.safetensors", tensors, getattr(torch, dtype))
+    for name, data in {
+            "config.json": public, "tokenizer.json": tokenizer,
+            "tokenizer_config.json": dict(
+                tokenizer_class="PreTrainedTokenizerFast", eos_token=names[end if talks else eot],
+                pad_token=names[pad], model_max_length=config.block_size,
+                clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE),
+            "generation_config.json": dict(eos_token_id=[end, eot], pad_token_id=pad)}.items():
+        text = json.dumps(data, indent=1, ensure_ascii=False).encode()
+        write_atomic(folder / name, lambda f, text=text: f.write(text))
+    size = sum(t.numel() for t in tensors.values())
+    print0(f"wrote {folder}: {public['architectures'][0]}, {size:,} parameters as {dtype}, "
+           f"{enc.n_vocab:,} tokens")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (see python model.py --help)")
+    export = parser.add_subparsers(dest="command", required=True).add_parser(
+        "export", help="write a checkpoint as a folder that transformers loads")
+    export.error = parser.error
+    export.add_argument("checkpoint", help="a .pt file of any stage, or a public model's folder")
+    export.add_argument("folder", help="a new folder")
+    export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of the weights; float32 loses nothing [%(default)s]")
+    args = parser.parse_args()
+    export_model(args.checkpoint, args.folder, args.dtype)
+
+
+if __name__ == "__main__":
+    main()

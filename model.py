@@ -61,22 +61,33 @@ def duration(seconds):
 def parse_args(Config, argv=None):
     """Turn a dataclass into a command line: `--field value`, booleans `--field` / `--no-field`.
 
-    The trailing comment of each field is its help text, so that code and --help cannot disagree.
+    The trailing comment of each field is its help text and a comment above fields their heading, so
+    that code and --help cannot disagree. --config FILE gives settings as JSON; flags win over it.
     Returns a Config; unknown flags, bad values and Ctrl-C end the program with one line.
     """
-    sys.excepthook = lambda kind, e, trace: (
-        print("\ninterrupted; a stage that trains goes on with --resume", file=sys.stderr)
-        if kind is KeyboardInterrupt else sys.__excepthook__(kind, e, trace))
-    doc = inspect.getdoc(sys.modules[Config.__module__]) or ""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message} (see python {Path(sys.argv[0]).name} --help)")
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    sys.excepthook = quiet_end
+    name = Path(sys.argv[0]).name
+    parser = argparse.ArgumentParser(
+        description=inspect.getdoc(sys.modules[Config.__module__]), allow_abbrev=False,
+        usage=f"python {name} [--setting value ...]", formatter_class=lambda prog:
+        argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100))
+    parser.error = lambda message: fail(f"{message} (see python {name} --help)")
+    parser.add_argument("--config", metavar="FILE", help="settings from a JSON file, such as the "
+                        "one that a run writes beside its --out; flags win over it")
+    section, groups, comments = parser, {}, {}
+    for line in inspect.getsource(Config).splitlines():
+        if heading := re.match(r"    # (.*)", line):
+            section = parser.add_argument_group(heading[1])
+        elif found := re.match(r"    (\w+): .*?  # (.*)$", line):
+            groups[found[1]], comments[found[1]] = section, found[2]
     for f in dataclasses.fields(Config):
         kinds = [k for k in typing.get_args(f.type) if k is not types.NoneType]
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        shown = "derived" if default is None else "none" if default in ("", []) else default
-        kwargs = dict(dest=f.name, default=default, metavar=f.name.upper(),
+        shown = " ".join(default) if isinstance(default, list) else default
+        shown = "derived" if shown is None else "none" if shown == "" else (
+            "yes" if shown is True else "no" if shown is False else shown)
+        metavar = {int: "N", float: "X"}.get((kinds or [f.type])[0], f.name.upper())
+        kwargs = dict(dest=f.name, default=default, metavar=metavar,
                       help=f"{comments.get(f.name, '')} [{shown}]".replace("%", "%%"))
         if f.type is bool or kinds == [bool]:
             del kwargs["metavar"]
@@ -87,8 +98,50 @@ def parse_args(Config, argv=None):
             kwargs.update(choices=typing.get_args(f.type))
         else:
             kwargs["type"] = kinds[0] if kinds else f.type
-        parser.add_argument(f"--{f.name}", **kwargs)
-    return Config(**vars(parser.parse_args(argv)))
+        groups.get(f.name, parser).add_argument(f"--{f.name}", **kwargs)
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_args(argv)
+    if given.config:
+        given = parser.parse_args(settings_argv(given.config, Config) + argv)
+    del given.config
+    return Config(**vars(given))
+
+
+def settings_argv(path, Config):
+    """The settings in a JSON file, or in a manifest.json under "settings", as a command line."""
+    settings, argv = read_json(path), []
+    settings = settings.get("settings", settings)
+    if unknown := settings.keys() - {f.name for f in dataclasses.fields(Config)}:
+        fail(f"{path}: unknown setting {min(unknown)!r}")
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            argv.append(f"--{name}={value}")
+    return argv
+
+
+def read_json(path):
+    """The object in a JSON file, or one line that says what is wrong with it."""
+    try:
+        data = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        fail(f"{path} is missing")
+    except (OSError, ValueError) as e:
+        fail(f"{path} cannot be read as JSON: {e}")
+    return data if isinstance(data, dict) else fail(f"{path} is not a JSON object")
+
+
+def quiet_end(kind, e, trace):
+    """Ctrl-C, and a pipe such as `| head` that closes, are no errors to show a traceback for."""
+    if kind is KeyboardInterrupt:
+        print("\ninterrupted; a stage that trains goes on with --resume", file=sys.stderr)
+    elif kind is BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for the flush at exit
+    else:
+        sys.__excepthook__(kind, e, trace)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -958,6 +1011,19 @@ def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
     write_atomic(path, lambda f: torch.save(checkpoint, f))
 
 
+def lineage(checkpoint):
+    """How a checkpoint came about, oldest first: [dict(stage, step, settings, data)]; [] for None.
+
+    A stage keeps that of its --init as state["history"], and what it learned from in state["data"].
+    """
+    if checkpoint is None:
+        return []
+    state = checkpoint.get("state", {})
+    return [*state.get("history", []), dict(
+        stage=checkpoint["stage"], step=checkpoint["step"], settings=checkpoint["stage_config"],
+        data=state.get("data", []))]
+
+
 def load_checkpoint(path, made_by):
     """What save_checkpoint wrote, or a public model's folder in the same form.
 
@@ -996,16 +1062,30 @@ def load_model(checkpoint, device, dropout=0.0):
 
 
 class Log:
-    """One console line and one JSON line per call; the file is `out` with .jsonl for its suffix."""
+    """One console line and one JSON line per call; the file is `out` with .jsonl for its suffix.
 
-    def __init__(self, out, resume_step=None):
-        self.path = Path(out).with_suffix(".jsonl")
+    With cfg the settings go beside it as .json, for --config, and with cfg.tensorboard every number
+    also into event files.
+    """
+
+    def __init__(self, out, resume_step=None, cfg=None):
+        self.path, self.board = Path(out).with_suffix(".jsonl"), None
         lines = []
         if resume_step is not None and self.path.exists():    # drop what came after the checkpoint
             lines = [line for line in self.path.read_text().splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] < resume_step]
         if int(os.environ.get("RANK", 0)) == 0:
             write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
+            if cfg is not None:
+                settings = json.dumps({**dataclasses.asdict(cfg), "resume": False}, indent=1)
+                write_atomic(self.path.with_suffix(".json"), lambda f: f.write(settings.encode()))
+            if getattr(cfg, "tensorboard", False):
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    fail("--tensorboard needs a package: pip install tensorboard")
+                self.board = SummaryWriter(self.path.with_suffix(".tensorboard"),
+                                           purge_step=resume_step)
 
     def __call__(self, line, **metrics):
         if int(os.environ.get("RANK", 0)) == 0:
@@ -1015,6 +1095,9 @@ class Log:
                     f.write(json.dumps(row) + "\n")
             except OSError as e:
                 fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
+            for name, value in row.items() if self.board else ():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, row["step"])
             if line:
                 print0(line)
 
@@ -1034,16 +1117,6 @@ BYTES = {letter: b for b, letter in LETTERS.items()}
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 WEIGHT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def read_json(path):
-    try:
-        data = json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        fail(f"{path} is missing")
-    except (OSError, ValueError) as e:
-        fail(f"{path} cannot be read as JSON: {e}")
-    return data if isinstance(data, dict) else fail(f"{path} is not a JSON object")
 
 
 def read_safetensors(path):

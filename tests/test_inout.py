@@ -3,8 +3,12 @@
 Run: python -m pytest tests/test_inout.py -q (CPU, no network, seconds; those against transformers are
 skipped where it is not installed). Each docstring says what would be wrong with the world if the test failed.
 """
+import dataclasses
 import json
 import struct
+import sys
+import types
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -374,3 +378,61 @@ def test_transformers_read_the_tokenizers_made_here(tmp_path):
         for text in TEXTS:
             ids = enc.encode(text, allowed_special="all")
             assert theirs.encode(text, add_special_tokens=False) == ids and theirs.decode(ids) == text
+
+
+# settings
+
+
+@dataclass
+class Config:
+    data: list[str] = field(default_factory=lambda: ["a"])  # files
+    out: str = "out/x.pt"                  # where to
+    # optimization
+    rate: float = 0.0                      # per step
+    steps: int | None = None               # how many
+    fast: bool = True                      # or slow
+    resume: bool = False                   # go on
+    tensorboard: bool = False              # also write event files
+
+
+def test_a_run_can_be_repeated_from_its_settings(tmp_path):
+    """The settings beside a checkpoint would make another run than the one that wrote them."""
+    cfg = Config(data=["b c", "d"], out=str(tmp_path / "x.pt"), rate=1e-5, steps=3, fast=False, resume=True)
+    m.Log(cfg.out, None, cfg)
+    file = str(tmp_path / "x.json")
+    assert m.parse_args(Config, ["--config", file]) == dataclasses.replace(cfg, resume=False)
+    assert m.parse_args(Config, ["--steps", "4", "--config", file, "--fast"]).steps == 4
+    (tmp_path / "m.json").write_text(json.dumps(dict(tokens=5, settings=dict(rate=2, steps=None))))
+    assert m.parse_args(Config, ["--config", str(tmp_path / "m.json")]) == Config(rate=2.0)
+
+
+@pytest.mark.parametrize("text, names", [('{"stepz": 3}', "stepz"), ('{"steps": "x"}', "steps"), ("[1]", "object"),
+                                         ("{", "JSON"), (None, "missing")])
+def test_wrong_settings_are_named(tmp_path, text, names):
+    """A misspelt setting would be ignored, and the run be another than it seems."""
+    if text:
+        (tmp_path / "x.json").write_text(text)
+    assert names in error(m.parse_args, Config, ["--config", str(tmp_path / "x.json")])
+
+
+def test_help_reads_like_documentation(capsys):
+    """--help would be a wall of brackets, or lie about a default."""
+    with pytest.raises(SystemExit) as e:
+        m.parse_args(Config, ["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0 and "Tests of what goes in and out" in text and "\noptimization:" in text
+    for line in ("files [a]", "per step [0.0]", "how many [derived]", "or slow [yes]", "go on [no]"):
+        assert line in text
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    """Curves would lack points; or the missing package would end in a traceback."""
+    points = []
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    cfg = Config(out=str(tmp_path / "x.pt"), tensorboard=True)
+    assert "pip install tensorboard" in error(m.Log, cfg.out, None, cfg)
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = lambda folder, purge_step: types.SimpleNamespace(add_scalar=lambda *point: points.append(point))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    m.Log(cfg.out, None, cfg)("", step=3, loss=0.5, note="x", tokens=7)
+    assert points == [("loss", 0.5, 3), ("tokens", 7, 3)]

@@ -27,6 +27,7 @@ import time
 import types
 import typing
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1349,8 +1350,8 @@ def import_model(folder):
         rows[new] = mean
         weights[name] = rows
     config.vocab_size = enc.n_vocab
-    return dict(format=1, stage="imported", step=0, weights=weights, stage_config={},
-                model_config=dataclasses.asdict(config), encoding=encoding_to_dict(enc))
+    return dict(format=1, stage="imported", step=0, weights=weights, encoding=encoding_to_dict(enc),
+                model_config=dataclasses.asdict(config), stage_config=dict(folder=str(folder)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1428,6 +1429,64 @@ def write_safetensors(path, tensors, dtype):
     write_atomic(path, write)
 
 
+def model_card(checkpoint, path, public, size):
+    """README.md of an exported model: what a stranger must know, as far as the checkpoint knows."""
+    steps = lineage(checkpoint)
+    texts = [source for step in steps for source in step["data"]]
+    licences = Counter()
+    for text in texts:
+        for source in text["sources"] or ():
+            licences.update(source.get("licences", {}))
+    licence = next(iter(licences)) if len(licences) == 1 else "other"
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation",
+             f"license: {json.dumps(licence.lower())}", "tags:",
+             *(f"- {step['stage']}" for step in steps), "---", f"# {Path(path).stem}", "", f"A {public['architectures'][0]} of {size:,} parameters: "
+             f"{public['num_hidden_layers']} layers x {public['hidden_size']}, context "
+             f"{public['max_position_embeddings']} tokens, {public['vocab_size']:,} tokens in the "
+             f"vocabulary. Made by: {', '.join(step['stage'] for step in steps)}.", "",
+             "Chats are ChatML (see the template in tokenizer_config.json); a turn ends with "
+             "`<|im_end|>`, a text with the end-of-text token. No token stands before a text.", "",
+             "## What it was trained on", ""]
+    for text in texts:
+        for source in text["sources"] or ():
+            found = ", ".join(f"{k} ({n})" for k, n in source.get("licences", {}).items())
+            lines.append(f"- `{source['input']}`: {source['documents']:,} documents read, "
+                         f"{source['epochs']:g} epochs; licences stated in it: {found or 'none'}")
+        dropped = ", ".join(f"{k} {n:,}" for k, n in text["dropped"].items())
+        lines += [f"- {text['tokens']['train']:,} tokens of training text; dropped documents: "
+                  f"{dropped or 'none'}; newest date found (knowledge cutoff): "
+                  f"{text['knowledge_cutoff'] or 'unknown'}"]
+    lines += ["Unknown: the checkpoint does not say."] * (not texts) + ["", "## Stages", ""]
+    for step in steps:
+        settings = ", ".join(f"{k} {v}" for k, v in step["settings"].items() if v not in ("", None))
+        lines += [f"- **{step['stage']}**, {step['step']:,} steps. {settings}"]
+    lines += ["", "## Evaluation", "", *evaluation_table(Path(path)), "", "## Known weaknesses", "",
+              "It invents facts fluently, more so the smaller it is; it knows nothing after its "
+              "training text; refusals and admissions of ignorance are habits of style that a new "
+              "wording can break. Text in a chat that looks like a control token is read as one by "
+              "transformers, though not here. Try it on your own cases before relying on it.", ""]
+    return "\n".join(lines)
+
+
+def evaluation_table(path):
+    """Lines about this checkpoint from the report.json of evaluate.py that lies beside it."""
+    file = path.parent / "report" / "report.json"
+    report = read_json(file) if file.exists() else {}
+    name = next((name for name, c in report.get("checkpoints", {}).items()
+                 if Path(c["path"]).resolve() == path.resolve()), None)
+    rows = [(row, row["values"][name]) for row in report.get("metrics", [])
+            if name in row["values"]]
+    if not rows:
+        return ["None yet: run `python evaluate.py` and export again."]
+    lines = ["| measure | value | 95 % interval | items |", "|---|---|---|---|"]
+    for row, v in rows:
+        scale = 100 if row["unit"] == "%" else 1
+        value, low, high = (f"{scale * (v[k] or 0):.4g}" for k in ("value", "low", "high"))
+        lines += [f"| {row['name']} ({row['unit']}) | {value} | "
+                  f"{f'{low} to {high}' if v['low'] is not None else '-'} | {v['n']:,} |"]
+    return lines
+
+
 def export_model(path, folder, dtype="float32"):
     """Write a checkpoint (or a folder that was read) as a folder of public files."""
     checkpoint, folder = load_checkpoint(path, "python pretrain.py"), Path(folder)
@@ -1444,16 +1503,17 @@ def export_model(path, folder, dtype="float32"):
     names = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
     talks = checkpoint["stage"] not in ("pretrain", "imported")
     write_safetensors(folder / "model.safetensors", tensors, getattr(torch, dtype))
+    size = sum(t.numel() for t in tensors.values())
     for name, data in {
-            "config.json": public, "tokenizer.json": tokenizer,
+            "README.md": model_card(checkpoint, path, public, size), "config.json": public,
+            "tokenizer.json": tokenizer,
             "tokenizer_config.json": dict(
                 tokenizer_class="PreTrainedTokenizerFast", eos_token=names[end if talks else eot],
                 pad_token=names[pad], model_max_length=config.block_size,
                 clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE),
             "generation_config.json": dict(eos_token_id=[end, eot], pad_token_id=pad)}.items():
-        text = json.dumps(data, indent=1, ensure_ascii=False).encode()
-        write_atomic(folder / name, lambda f, text=text: f.write(text))
-    size = sum(t.numel() for t in tensors.values())
+        text = data if isinstance(data, str) else json.dumps(data, indent=1, ensure_ascii=False)
+        write_atomic(folder / name, lambda f, text=text: f.write(text.encode()))
     print0(f"wrote {folder}: {public['architectures'][0]}, {size:,} parameters as {dtype}, "
            f"{enc.n_vocab:,} tokens")
 

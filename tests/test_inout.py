@@ -25,6 +25,18 @@ TEXTS = ["Hello world", "  12 34567  x", "na\u00efve caf\u00e9 e\u0301 \u65e5\u6
          "I'LL we'd 'S don't", "\x01\x7f", "the thing in the ring", "", " ", "\n"]
 
 
+@dataclass
+class Config:
+    data: list[str] = field(default_factory=lambda: ["a"])  # files
+    out: str = "out/x.pt"                  # where to
+    # optimization
+    rate: float = 0.0                      # per step
+    steps: int | None = None               # how many
+    fast: bool = True                      # or slow
+    resume: bool = False                   # go on
+    tensorboard: bool = False              # also write event files
+
+
 def error(function, *args, **kwargs):
     """The one line a user sees."""
     with pytest.raises(SystemExit) as e:
@@ -264,6 +276,28 @@ def test_export_refuses_what_it_cannot_say(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_model_card_says_where_a_model_comes_from(tmp_path):
+    """A stranger could not tell what a model was trained on, how, and how good it is."""
+    enc, model = small_encoding(), tiny(vocab_size=small_encoding().n_vocab)
+    facts = dict(sources=[dict(input="town.txt", documents=1234, epochs=2.0, licences={"CC0": 12})], tokens=dict(
+        train=5678, val=9), knowledge_cutoff="2024-05", dropped=dict(spam=3))
+    m.save_checkpoint(tmp_path / "base.pt", model, "pretrain", 11, enc, Config(rate=0.25), state=dict(data=[facts]))
+    history = m.lineage(m.load_checkpoint(tmp_path / "base.pt", ""))
+    m.save_checkpoint(tmp_path / "sft.pt", model, "sft", 22, enc, Config(data=["mine.jsonl"]), state=dict(history=history))
+    row = dict(name="facts", unit="%", values=dict(sft=dict(value=0.625, low=0.5, high=0.75, n=80)))
+    report = dict(checkpoints=dict(sft=dict(path=str(tmp_path / "sft.pt"))), metrics=[row])
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(json.dumps(report))
+    m.export_model(tmp_path / "sft.pt", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = card.split("---\n")[1]
+    assert card.startswith("---\n") and 'license: "cc0"' in head and "library_name: transformers" in head
+    for fact in ("town.txt", "1,234 documents", "CC0 (12)", "5,678 tokens", "2024-05", "spam 3", "**pretrain**, 11 steps",
+                 "rate 0.25", "**sft**, 22 steps", "mine.jsonl", "| facts (%) | 62.5 | 50 to 75 | 80 |", "weaknesses"):
+        assert fact in card, fact
+    assert m.lineage(None) == [] and [step["stage"] for step in history] == ["pretrain"]
+
+
 # against transformers
 
 L3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -381,18 +415,6 @@ def test_transformers_read_the_tokenizers_made_here(tmp_path):
 
 
 # settings
-
-
-@dataclass
-class Config:
-    data: list[str] = field(default_factory=lambda: ["a"])  # files
-    out: str = "out/x.pt"                  # where to
-    # optimization
-    rate: float = 0.0                      # per step
-    steps: int | None = None               # how many
-    fast: bool = True                      # or slow
-    resume: bool = False                   # go on
-    tensorboard: bool = False              # also write event files
 
 
 def test_a_run_can_be_repeated_from_its_settings(tmp_path):

@@ -845,7 +845,7 @@ def add_lora(model, rank, alpha, targets):
 
 
 class Reference:
-    """`with reference as model:` a frozen copy, or with LoRA the policy, its adapters off inside."""
+    """`with reference as model:` a frozen copy, or with LoRA the policy without its adapters."""
 
     def __init__(self, policy, frozen=None):
         self.policy, self.frozen = policy, frozen

@@ -129,7 +129,7 @@ def split_by_prompt(pairs, fraction, seed):
     prompts = sorted({pair["prompt"] for pair in pairs})
     order = np.random.default_rng(seed).permutation(len(prompts))
     held = {prompts[i] for i in order[:max(1, round(fraction * len(prompts)))]}
-    return ([p for p in pairs if p["prompt"] not in held], [p for p in pairs if p["prompt"] in held])
+    return [[p for p in pairs if (p["prompt"] in held) == side] for side in (False, True)]
 
 
 def score(model, rows, pad_id, d):
@@ -184,7 +184,8 @@ def verdict(model, pairs, enc, cfg, d):
     margins = np.array(chosen) - np.array(rejected)
 
     print0(f"\nverdict on {n} held-out pairs")
-    print0(f"  accuracy             {sum(right) / n:6.1%}   (95 % interval {low:.1%} to {high:.1%})")
+    print0(f"  accuracy             {sum(right) / n:6.1%}   "
+           f"(95 % interval {low:.1%} to {high:.1%})")
     print0(f"  length-only judge    {length_only:6.1%}")
     print0(f"  score and length     {by_length:6.2f}   (correlation)")
     sources = sorted({p["source"] for p in pairs})
@@ -266,8 +267,8 @@ def main(cfg):
         train, held_out = split_by_prompt(pairs, cfg.val_fraction, cfg.seed)
     train = train[:math.ceil(cfg.data_fraction * len(train))] if cfg.data_fraction < 1 else train
     if len(train) < 2 or cfg.batch_size < d.world_size:
-        fail(f"{len(train)} pairs to train on, --batch_size {cfg.batch_size}, {d.world_size} ranks: "
-             f"too few")
+        fail(f"{len(train)} pairs to train on, {cfg.batch_size} a step, {d.world_size} ranks: "
+             f"there must be 2 pairs and one a rank")
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(train) / cfg.batch_size))
     print0(f"data: {len(train):,} pairs, {len(held_out):,} held out; {max_steps} steps x "
            f"{cfg.batch_size} pairs")

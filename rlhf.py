@@ -590,9 +590,9 @@ def main(cfg):
         if step % cfg.log_every == 0:
             left = (cfg.max_steps - step) * sum(spent) / len(spent)
             line = (f"step {step:6d} | reward {values['reward']:7.3f} | gold "
-                    f"{values['gold']:5.3f} | kl {values['kl']:6.3f} | entropy {values['entropy']:5.3f} | length "
-                    f"{values['length']:5.1f} | stopped {values['stopped']:5.1%} | norm "
-                    f"{norms[0]:5.2f} | eta {duration(left)}")
+                    f"{values['gold']:5.3f} | kl {values['kl']:6.3f} | entropy "
+                    f"{values['entropy']:5.3f} | length {values['length']:5.1f} | stopped "
+                    f"{values['stopped']:5.1%} | norm {norms[0]:5.2f} | eta {duration(left)}")
             spent = []
         log(line, step=step, **values, kl_coef=state["kl_coef"], stopped_early=skipped,
             grad_norm=norms[0], lr=optimizers[0].param_groups[0]["lr"],

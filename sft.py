@@ -83,7 +83,7 @@ class Config:
 
 
 def load_conversations(cfg, enc, block_size):
-    """[(ids, mask)] of all usable conversations, cut to block_size; says what was cut or dropped."""
+    """[(ids, mask)] of all usable conversations, cut to block_size; says what is cut or dropped."""
     def convert(row):
         ids, mask = render_chat(enc, to_messages(row))
         if not any(mask[1:block_size]):
@@ -174,7 +174,7 @@ def evaluate(model, held_out, sources, cfg, d, enc):
 
 @torch.no_grad()
 def answers(model, held_out, cfg, d, enc):
-    """Greedy answers to held-out prompts: (share that stop by themselves, their mean length, one)."""
+    """Greedy answers to held-out prompts: share that stop by themselves, mean length; and two."""
     prompts = [ids[:mask.index(1)] for ids, mask in held_out]
     room = model.config.block_size - cfg.sample_tokens
     prompts = sorted((p for p in prompts if len(p) <= room), key=len)[:64]

@@ -368,12 +368,26 @@ def render_reply(enc, prompt, reply):
 # Conversations, in the shapes that people's files have
 
 
+def find_data(path):
+    """A file's path as it is; a data set's short name as the path it is downloaded to, once."""
+    if Path(path).exists():
+        return Path(path)
+    import prepare    # the table of names stands there
+    if str(path) not in prepare.DATASETS:
+        fail(f"{path} does not exist; it may also be one of {', '.join(prepare.DATASETS)}")
+    address, sha256, about = prepare.DATASETS[str(path)]
+    print0(f"{path}: {address} ({about})")
+    if int(os.environ.get("RANK", 0)) == 0:    # the other ranks find its file
+        prepare.download(address, sha256, "out/downloads")
+    if dist.is_initialized():
+        dist.barrier()
+    return prepare.download(address, sha256, "out/downloads")
+
+
 def read_rows(paths):
     """The rows (dicts) of .jsonl(.gz), .json, .parquet files; over 1 % broken lines: an error."""
     rows = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            fail(f"{path} does not exist")
+    for path in map(find_data, paths):
         try:
             if path.suffix == ".parquet":
                 import pyarrow.parquet

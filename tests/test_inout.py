@@ -4,9 +4,11 @@ Run: python -m pytest tests/test_inout.py -q (CPU, no network, seconds; those ag
 skipped where it is not installed). Each docstring says what would be wrong with the world if the test failed.
 """
 import dataclasses
+import http.server
 import json
 import struct
 import sys
+import threading
 import types
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import model as m
+import prepare
 from model import GPT, GPTConfig
 
 SIZES = dict(block_size=128, vocab_size=320, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
@@ -458,3 +461,51 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     m.Log(cfg.out, None, cfg)("", step=3, loss=0.5, note="x", tokens=7)
     assert points == [("loss", 0.5, 3), ("tokens", 7, 3)]
+
+
+# data by name
+
+
+@pytest.fixture
+def server():
+    """A loopback server of one file at /some/rows.jsonl; yields (its address, what was asked)."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            data = b'{"question": "1 + 1?", "answer": "2"}\n'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/some/rows.jsonl", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_data_sets_have_short_names(tmp_path, monkeypatch, server, capsys):
+    """--data gsm8k would look for a file, fetch the data every time, or hide whose they are."""
+    address, asked = server
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(prepare.DATASETS, "sums", (address, "", "MIT, 4 MB"))
+    for _ in range(2):
+        assert m.read_rows(["sums"]) == [dict(question="1 + 1?", answer="2")]
+    assert asked == ["/some/rows.jsonl"] and "MIT, 4 MB" in capsys.readouterr().out
+    monkeypatch.setitem(prepare.DATASETS, "sums", ("http://127.0.0.1:9/gone/away.jsonl", "", "MIT"))
+    message = error(m.read_rows, ["sums"])    # nobody listens there
+    assert "http://127.0.0.1:9/gone/away.jsonl" in message and "out/downloads/gone-away.jsonl" in message
+    assert "gsm8k" in error(m.read_rows, ["gsm9k"])
+    assert all(len(row) == 3 and row[0].startswith("https://") and row[2] for name, row in prepare.DATASETS.items()
+               if name != "sums")
+
+
+def test_prepare_takes_a_public_tokenizer(folder):
+    """Continued pretraining could not be given tokens of the model it starts from."""
+    hashes = {m.encoding_hash(prepare.named_tokenizer(str(path))) for path in (folder, folder / "tokenizer.json")}
+    assert hashes == {m.encoding_hash(m.encoding_from_dict(m.load_checkpoint(folder, "")["encoding"]))}

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, cosine_lr, duration,
-                   encoding_hash, fail, generate, keep_valid, load_checkpoint, load_model,
+                   encoding_hash, fail, generate, keep_valid, lineage, load_checkpoint, load_model,
                    make_optimizers, parse_args, peak_memory, pick, print0, read_rows, render_chat,
                    save_checkpoint, seed_step, setup, sum_over_ranks, to_prompt, token_logprobs)
 from reward import load_pairs, score_all, split_by_prompt
@@ -74,6 +74,7 @@ class Config:
     eval_every: int = 10                   # optimizer steps between validations
     save_every: int = 20                   # optimizer steps between checkpoints
     log_every: int = 5                     # optimizer steps between console lines
+    tensorboard: bool = False              # also write event files beside the log
     precision: str = "auto"                # auto, bf16 or fp32 matrix products
     seed: int = 1                          # of data order and sampling
 
@@ -252,13 +253,13 @@ def main(cfg):
     n_params = sum(p.numel() for p in raw.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init}; loss {cfg.loss}, beta {cfg.beta}")
 
-    state = dict(step=0, seconds=0.0)
+    state = dict(step=0, seconds=0.0, history=lineage(first))
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             opt.load_state_dict(saved)
         print0(f"resuming {cfg.out} at step {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
 
     def save():
         if d.is_master:

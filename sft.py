@@ -32,9 +32,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pretrain
 from model import (IM_END, PAD, GPT, Log, add_lora, can_compile, cosine_lr, duration, encoding_hash,
-                   fail, generate, keep_valid, load_checkpoint, load_model, make_optimizers,
-                   parse_args, peak_flops, peak_memory, pick, print0, read_rows, render_chat,
-                   save_checkpoint, seed_step, setup, sum_over_ranks, to_messages, token_logprobs)
+                   fail, generate, keep_valid, lineage, load_checkpoint, load_model,
+                   make_optimizers, parse_args, peak_flops, peak_memory, pick, print0, read_rows,
+                   render_chat, save_checkpoint, seed_step, setup, sum_over_ranks, to_messages,
+                   token_logprobs)
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Config:
     eval_every: int = 100                  # optimizer steps between validations
     save_every: int = 100                  # optimizer steps between checkpoints
     log_every: int = 10                    # optimizer steps between console lines
+    tensorboard: bool = False              # also write event files beside the log
     sample_tokens: int = 64                # longest answer to a held-out prompt, tokens
     precision: str = "auto"                # auto, bf16 or fp32 matrix products
     compile: bool = False                  # torch.compile
@@ -243,13 +245,13 @@ def main(cfg):
     n_params = sum(p.numel() for p in raw.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init} (step {checkpoint['step']})")
 
-    state = dict(step=0, seconds=0.0)
+    state = dict(step=0, seconds=0.0, history=lineage(checkpoint))
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             opt.load_state_dict(saved)
         print0(f"resuming {cfg.out} at step {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
     flops, peak = raw.flops_per_token(), peak_flops(d)[0] * d.world_size
 
     def save():

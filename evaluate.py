@@ -1123,7 +1123,7 @@ def gate(listed, old, new, cfg):
             r.update(p=p, verdict=verdict(r["drop"], r["error"], p, r["margin"]))
             if r["verdict"] == "undecided":    # so many items would tell if the drop stays
                 room = max(1e-9, abs(r["margin"] - r["drop"]))
-                r["needs"] = math.ceil(r["n"] * (1.645 * r["error"] / room) ** 2)
+                r["needs"] = max(r["n"] + 1, math.ceil(r["n"] * (1.645 * r["error"] / room) ** 2))
             if r["name"] in waived and r["verdict"] != "pass":
                 r.update(verdict="waived", reason=waived[r["name"]])
     return rows
@@ -1310,7 +1310,7 @@ def monitor(cfg, d):
         lm = open_model(path, cfg, d, "--monitor")
         asked = [chat_prompt(lm, m, cfg) for m in prompts]
         found = replies(lm, asked, [seed_of(cfg, json.dumps(m)) for m in prompts], cfg, d)
-        texts.append([lm["enc"].decode(ids).strip() for ids, _ in found])
+        texts.append([lm["enc"].decode(ids) for ids, _ in found])
         pairs = [(a, lm["enc"].encode_ordinary(t) or [0]) for a, t in zip(asked, texts[0])]
         nats = -sum(float(logp.sum()) for logp, _ in loglikelihoods(lm, pairs, cfg, d))
         grades = [grade({}, t) for t in texts[-1]]
@@ -1327,7 +1327,8 @@ def monitor(cfg, d):
         a, b = drift[0][k], drift[1][k]
         print0(f"{k.replace('_', ' '):<26}{a:>14.4f}{b:>14.4f}{b - a:>+14.4f}")
     for row in changed[:3]:
-        print0(f"\n{row['prompt'][-1]['content']}\n  - {row['old']}\n  + {row['new']}")
+        print0(f"\n{row['prompt'][-1]['content']}\n  - {row['old'].strip()}\n  + "
+               f"{row['new'].strip()}")
     result = rounded(dict(prompts=n, checkpoints=cfg.init, drift=drift, changed=changed))
     if d.is_master:
         text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"

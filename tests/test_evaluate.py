@@ -240,11 +240,10 @@ def test_verdict(drop, se, p, expected):
 
 
 WORDS = [" Ada", " Ben", " Cid", " Dot", " Eve", " Flo", " likes", " tea", " soup", " pie", " jam", " figs", " rice",
-         " What", " does", " like", "?", ".", " I", " do", " not", " know", " will", " help", " with", " that", " How",
+         " What", " does", " like", " I", " do", " not", " know", " will", " help", " with", " that", " How",
          " hurt", " hug", " Gently", " Zed", " Yan", "user", "assistant", "system", "What", "How", "Gently"]
 ENC = make_encoding("words", r" ?\w+|[^\w\s]|\s", {**{bytes([i]): i for i in range(256)},
-                                                   **{w.encode(): 256 + i for i, w in enumerate(WORDS)
-                                                      if len(w) > 1}})
+                                                   **{w.encode(): 256 + i for i, w in enumerate(WORDS)}})
 
 
 class Bigram(nn.Module):
@@ -539,9 +538,9 @@ def test_what_the_stages_did(report, capsys):
                            ("clean gold score", 1), ("replies that stop by themselves", 1), ("invented answers", 0),
                            ("right, of attempted answers", 1)):
         assert sft[name] == expected, name
-    assert sft["preferred to sft by the gold grader"] if "preferred to sft by the gold grader" in sft else True
+    assert "preferred to sft by the gold grader" not in sft
     assert values(report, "dpo")["preferred to sft by the gold grader"] == 0.5
-    assert base["preferred to sft by the gold grader"] == 0
+    assert base["preferred to sft by the gold grader"] < 0.1
     assert set(reward) == {"prefs: chosen scored higher", "prefs: length alone as judge"}
     for name in ("pages: bits per byte", "choices: right choice (acc)", "bias: stereotype likelier (ideal 50)",
                  "prefs: chosen scored higher", "toxic: toxic once in 2", "recited by heart, never trained",
@@ -599,7 +598,7 @@ def test_the_page_stands_alone(world, report):
             pass
 
     Check().feed(text)
-    assert open_tags == ["html"] and "http" not in text and "nan" not in text.replace("rinance", "")
+    assert not open_tags and "http" not in text
     for expected in ("<svg", "Side by side", "sft: loss", "dpo: reward against KL", "dpo: gold against KL", "Calibration",
                      "The same questions to each", "The data: what was kept", "prefers-color-scheme", "Protocol"):
         assert expected in text, expected
@@ -611,10 +610,10 @@ def test_the_gate(world, report, capsys):
     same = run(world, world / "same", "dpo", compare=f"{old}:sft")
     assert {r["verdict"] for r in same["gate"]["dpo"]["rows"]} == {"pass"}
     message = error(run, world, world / "bad", "hurt", compare=f"{old}:sft")
-    assert "facts: stated correctly (hurt)" in message or "pages: bits per byte (hurt)" in message
+    assert "clean gold score (hurt)" in message
     rows = json.loads((world / "bad/report.json").read_text())["gate"]["hurt"]["rows"]
     failed = [r["name"] for r in rows if r["verdict"] == "FAIL"]
-    assert all(name in message for name in failed) and "may" not in failed
+    assert failed and all(name in message for name in failed)
     assert "gate: hurt against sft" in capsys.readouterr().out and "is shut" in (world / "bad/report.html").read_text()
     waived = run(world, world / "waived", "hurt", compare=f"{old}:sft", waive=[f"{n}=known" for n in failed])
     assert Counter(r["verdict"] for r in waived["gate"]["hurt"]["rows"])["waived"] == len(failed)

@@ -9,9 +9,9 @@ Conventions: padding is on the right; masks are 1 where a token counts; log-prob
 import argparse
 import atexit
 import base64
-import contextlib
 import ctypes
 import dataclasses
+import functools
 import gzip
 import hashlib
 import inspect
@@ -299,7 +299,7 @@ def render_reply(enc, prompt, reply):
 
 
 def read_rows(paths):
-    """The rows (dicts) of .jsonl(.gz), .json and .parquet files; over 1 % broken lines is an error."""
+    """The rows (dicts) of .jsonl(.gz), .json, .parquet files; over 1 % broken lines: an error."""
     rows = []
     for path in map(Path, paths):
         if not path.is_file():
@@ -323,7 +323,8 @@ def read_rows(paths):
                 fail(f"{path} is not JSON: {e}")
             rows += lines if isinstance(lines, list) else [lines]
             continue
-        lines, broken = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()], []
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        broken = []
         for n, line in lines:
             try:
                 rows.append(json.loads(line))
@@ -340,12 +341,13 @@ def read_rows(paths):
 
 
 def to_turns(value, role):
-    """Messages of a text (one turn, or an HH-RLHF transcript) or of a list of turns of any style."""
+    """Messages of a text (one turn, or an HH-RLHF transcript) or of a list of turns."""
     if isinstance(value, str):
         parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", value)
         if parts[0].strip() or len(parts) == 1:
             return [dict(role=role, content=value)]
-        value = [dict(role=who, content=text.strip()) for who, text in zip(parts[1::2], parts[2::2])]
+        value = [dict(role=who, content=text.strip())
+                 for who, text in zip(parts[1::2], parts[2::2])]
     names = dict(human="user", gpt="assistant", bot="assistant", chatbot="assistant",
                  model="assistant", prompter="user")
     turns = []
@@ -420,7 +422,7 @@ def to_pair(row):
 
 
 def keep_valid(rows, convert, what):
-    """[convert(row)] of the rows for which it raises no ValueError; the others counted by reason."""
+    """[convert(row)] where that raises no ValueError; the other rows counted by reason."""
     kept, reasons = [], {}
     for row in rows:
         try:
@@ -465,6 +467,17 @@ def pad_batch(rows, pad_id):
         ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
         mask[i, :len(row)] = 1
     return ids, mask
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed, epoch, n):
+    return np.random.default_rng((seed, epoch)).permutation(n).tolist()
+
+
+def pick(n, index, seed):
+    """Which of n rows the index-th draw of a run is: each once an epoch, in ever new order."""
+    epoch, i = divmod(index, n)
+    return epoch_order(seed, epoch, n)[i]
 
 
 def cosine_lr(progress, warmup, learning_rate, min_lr):
@@ -758,15 +771,26 @@ def add_lora(model, rank, alpha, targets):
     return model
 
 
-@contextlib.contextmanager
-def lora_off(model):
-    """The model as it was before add_lora: a reference model that costs no memory."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    for m in layers:
-        m.on = False
-    yield
-    for m in layers:
-        m.on = True
+class Reference:
+    """`with reference as model:` a frozen copy, or with LoRA the policy without its adapters."""
+
+    def __init__(self, policy, frozen=None):
+        self.policy, self.frozen = policy, frozen
+
+    def switch(self, on):
+        for m in self.policy.modules() if self.frozen is None else ():
+            if isinstance(m, LoRALinear):
+                m.on = on
+
+    def __enter__(self):
+        model = self.policy if self.frozen is None else self.frozen
+        self.switch(False)
+        self.was_training = model.training
+        return model.eval()
+
+    def __exit__(self, *exception):
+        self.switch(True)
+        (self.policy if self.frozen is None else self.frozen).train(self.was_training)
 
 
 def plain_weights(model):

@@ -19,9 +19,6 @@ References: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Krell et al. 202
 Differs from the papers in: loss on the assistant only (InstructGPT trains on the whole text);
 replay in SFT itself (InstructGPT mixes pretraining gradients into PPO).
 """
-import dataclasses
-import functools
-import json
 import math
 import os
 import sys
@@ -36,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import pretrain
 from model import (IM_END, PAD, GPT, Log, add_lora, can_compile, cosine_lr, duration, encoding_hash,
                    fail, generate, keep_valid, load_checkpoint, load_model, make_optimizers,
-                   parse_args, peak_flops, peak_memory, print0, read_rows, render_chat,
+                   parse_args, peak_flops, peak_memory, pick, print0, read_rows, render_chat,
                    save_checkpoint, seed_step, setup, sum_over_ranks, to_messages, token_logprobs)
 
 
@@ -84,7 +81,7 @@ class Config:
 
 
 def load_conversations(cfg, enc, block_size):
-    """[(ids, mask)] of all usable conversations, cut to block_size; says what was cut or dropped."""
+    """[(ids, mask)] of all usable conversations, cut to block_size; says what is cut or dropped."""
     def convert(row):
         ids, mask = render_chat(enc, to_messages(row))
         if not any(mask[1:block_size]):
@@ -111,17 +108,6 @@ def pack_rows(lengths, width, seed):
         rows[n].append(i)
         room[n] -= lengths[i]
     return rows
-
-
-@functools.lru_cache(maxsize=4)
-def epoch_order(seed, epoch, n):
-    return np.random.default_rng((seed, epoch)).permutation(n).tolist()
-
-
-def pick(rows, index, seed):
-    """The index-th row of the run: every epoch visits each row once, in another order."""
-    epoch, i = divmod(index, len(rows))
-    return rows[epoch_order(seed, epoch, len(rows))[i]]
 
 
 def collate(rows, pad_id, device):
@@ -186,7 +172,7 @@ def evaluate(model, held_out, sources, cfg, d, enc):
 
 @torch.no_grad()
 def answers(model, held_out, cfg, d, enc):
-    """Greedy answers to held-out prompts: (share that stop by themselves, their mean length, one)."""
+    """Greedy answers to held-out prompts: share that stop by themselves, mean length; and two."""
     prompts = [ids[:mask.index(1)] for ids, mask in held_out]
     room = model.config.block_size - cfg.sample_tokens
     prompts = sorted((p for p in prompts if len(p) <= room), key=len)[:64]
@@ -230,7 +216,7 @@ def main(cfg):
     lengths = [len(ids) for ids, _ in train]
     rows = pack_rows(lengths, T, cfg.seed) if cfg.pack else [[i] for i in range(len(train))]
     if cfg.show_batch:
-        return show([train[i] for i in pick(rows, 0, cfg.seed)], enc)
+        return show([train[i] for i in rows[pick(len(rows), 0, cfg.seed)]], enc)
     sources, n_replay = [], math.ceil(cfg.batch_size * cfg.replay)
     if Path(cfg.replay_data, "manifest.json").exists():
         sources = [pretrain.open_tokens(cfg.replay_data)]
@@ -296,7 +282,7 @@ def main(cfg):
                 group["lr"] = lr
 
         step_started = time.perf_counter()
-        batch = [[train[i] for i in pick(rows, step * cfg.batch_size + n, cfg.seed)]
+        batch = [[train[i] for i in rows[pick(len(rows), step * cfg.batch_size + n, cfg.seed)]]
                  for n in range(cfg.batch_size)]
         for n in range(n_replay):
             ids = pretrain.window(sources[0]["train"], T, step * n_replay + n, (cfg.seed, 0))[:T]

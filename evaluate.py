@@ -840,11 +840,11 @@ def score_chat(lm, task, cfg, d):
             right = tried and g["correct"]
             item.update(attempted=float(tried), invented=float(tried and not right),
                         kalai=abstention_score(right, tried and not right, 0.5))
-        for answer in row.get("answer", [])[:1]:
+        if any(a.startswith("#### ") for a in row.get("answer", [])):
+            item.update(no_number=float(extract(text) is None), flexible=float(
+                extract(text, False) in {extract(a) for a in row["answer"]} - {None}))
+        elif row.get("answer"):
             item["f1"] = max(f1_words(text, a) for a in row["answer"])
-            if answer.startswith("#### "):
-                item.update(no_number=float(extract(text) is None),
-                            flexible=float(extract(text, False) == extract(answer)))
         right = sum(grade(row, t)["correct"] for t in texts)
         item.update({f"pass@{j}": pass_at_k(k, right, j) for j in powers(k)})
         items.append(item)
@@ -1010,7 +1010,7 @@ def metrics(tasks, cfg, baseline):
             add("detail", f"{name}: fully or partly refused", "refusal", 0, "broad")
         else:
             add("capability", f"{name}: stated correctly", "correct", 1)
-            add("detail", f"{name}: words shared with the answer (F1)", "f1")
+            add("detail", f"{name}: F1 with the answer's words", "f1")
             add("detail", f"{name}: last number right", "flexible")
             add("detail", f"{name}: no number found", "no_number")
         for k in powers(cfg.samples) if t["kind"] == "chat" else ():
@@ -1080,19 +1080,21 @@ def measure(metric, items, seed=1):
 # The gate: paired items of an old and a new checkpoint
 
 
-def drop_of(metric, old, new, seed=1):
-    """(how much worse the new one is, standard error, p, n) over the items that both have."""
+def drop_of(metric, old, new):
+    """(how much worse the new one is, standard error, d per item) over the items that both have."""
     a, b, key = records(metric, old), records(metric, new), metric["key"]
     ids = sorted(a.keys() & b.keys())
-    if not ids:
-        return None
     if metric["how"] == "bpb":
-        d = [(b[i]["nats"] - a[i]["nats"]) / math.log(2) for i in ids]
-        return *ratio_error(d, [a[i]["bytes"] for i in ids]), sign_flip(d, seed), len(ids)
+        d = np.array([(b[i]["nats"] - a[i]["nats"]) / math.log(2) for i in ids])
+        return *(ratio_error(d, [a[i]["bytes"] for i in ids]) if ids else (0.0, 0.0)), d
     d = np.array([metric["better"] * (a[i][key] - b[i][key]) for i in ids], float)
-    p = mcnemar(int((d > 0).sum()), int((d < 0).sum())) if set(np.abs(d)) <= {0, 1} else (
-        sign_flip(d, seed))
-    return float(d.mean()), std_error(d) if len(d) > 1 else 0.0, p, len(ids)
+    return float(d.mean()) if ids else 0.0, std_error(d) if len(ids) > 1 else 0.0, d
+
+
+def p_value(d, seed):
+    """Two-sided, of paired differences: exact if items are right or wrong, else by sign flips."""
+    exact = set(np.abs(d)) <= {0, 1}
+    return mcnemar(int((d > 0).sum()), int((d < 0).sum())) if exact else sign_flip(d, seed)
 
 
 def verdict(drop, error, p, margin):
@@ -1109,10 +1111,11 @@ def gate(listed, old, new, cfg):
     rows = []
     for m in listed:
         gated = m["how"] in ("mean", "bpb") and m["family"] in ("capability", "safety")
-        if gated and m["better"] and (found := drop_of(m, old, new, cfg.seed)):
-            margin = cfg.bpb_margin if m["how"] == "bpb" else cfg.margin
-            rows.append(dict(zip(("drop", "error", "p", "n"), found), name=m["name"], margin=margin,
-                             family=m["family"], unit=m["unit"]))
+        drop, error, d = drop_of(m, old, new) if gated and m["better"] else (0.0, 0.0, ())
+        if len(d):
+            rows.append(dict(drop=drop, error=error, n=len(d), p=p_value(d, cfg.seed),
+                             margin=cfg.bpb_margin if m["how"] == "bpb" else cfg.margin,
+                             **{k: m[k] for k in ("name", "family", "unit")}))
     waived = {name: reason for name, _, reason in (w.partition("=") for w in cfg.waive)}
     for name, reason in waived.items():
         if not reason or name not in [r["name"] for r in rows]:
@@ -1361,7 +1364,7 @@ def table(listed, items, cfg):
             if found := measure(m, items[name], cfg.seed):
                 values[name] = found
                 if before and m["better"] and m["how"] in ("mean", "bpb"):
-                    drop, error, *_ = drop_of(m, items[before], items[name], cfg.seed) or (0, 0)
+                    drop, error, _ = drop_of(m, items[before], items[name])
                     change[name] = ("worse" if drop > 1.96 * error else
                                     "better" if -drop > 1.96 * error else "")
                 before = name
@@ -1377,13 +1380,13 @@ def print_table(rows, names):
         if r["family"] != family:
             family = r["family"]
             print0(f"\n{FAMILIES[family]:<44}{'chance':>7}{'n':>6}"
-                   + "".join(f"{n[:13]:>15}" for n in names))
+                   + "".join(f"{n[:14]:>16}" for n in names))
         line = f"  {r['name'][:41]:<42}{number(r['chance'], r['unit']):>7}"
         line += f"{max(v['n'] for v in r['values'].values()):>6}"
         for name in names:
             v, sign = r["values"].get(name), {"better": "+", "worse": "!"}
             cell = f"{number(v['value'], r['unit'])} ±{half(v, r['unit']):<5}" if v else "-      "
-            line += f"{cell + sign.get(r['change'].get(name), ' '):>15}"
+            line += f"{cell + sign.get(r['change'].get(name), ' '):>16}"
         print0(line)
     print0("\nper cent where no other unit is named; ± half of a 95 % interval; + surely better "
            "than the\nlanguage model to the left, ! surely worse")
@@ -1448,11 +1451,12 @@ def log_charts(name, path, colour):
                 if all(type(r.get(k)) in (int, float) for k in (x, key))]
 
     charts = []
-    for title, keys in (("loss", ("loss", "val_loss")), ("reward", ("reward",)), ("gold score", (
-            "gold", "val_gold")), ("KL from the start", ("kl",)), ("accuracy", (
-            "accuracy", "val_accuracy")), ("log p of replies", ("logps_chosen", "logps_rejected"))):
+    for title, keys in dict(
+            loss=("loss", "val_loss"), reward=("reward", "val_reward"), gold=("gold", "val_gold"),
+            KL=("kl",), accuracy=("accuracy", "val_accuracy"),
+            log_p=("logps_chosen", "logps_rejected")).items():
         found = [(k, thin(points(k)), c) for k, c in zip(keys, (colour, 5))]
-        charts.append(plot(f"{name}: {title}", found, "step", title))
+        charts.append(plot(f"{name}: {title.replace('_', ' ')}", found, "step", ""))
     for key in ("reward", "gold"):
         found = [(key, thin(sorted(points(key, "kl")), 40), colour)]
         charts.append(plot(f"{name}: {key} against KL", found, "KL from the start, nats", key))

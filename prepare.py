@@ -240,23 +240,23 @@ def line_start(f, at, longest):
     return f.tell()
 
 
-def read_part(path, start, end, cfg, unreadable):
-    """Yield (number, record) of one part of a file; others go to unreadable(number, reason).
+def read_part(path, start, end, cfg):
+    """Yield (number, record, or the reason why it cannot be read) of one part of a file.
 
-    More than 1 % of those is an error, and so is a compressed file that ends early."""
+    More than 1 % of the latter is an error, and so is a compressed file that ends early."""
     seen, bad, first = 0, 0, ""
     try:
         f, size = open_part(path, start, end)
         with f:
             for number, record in enumerate(READERS[file_kind(path)](f, size, cfg)):
-                seen += record is not None    # a blank line is
-                if isinstance(record, dict):
-                    yield number, record
-                elif record:
+                if record is None:
+                    continue    # a blank line
+                seen += 1
+                if isinstance(record, str):
                     bad, first = bad + 1, first or f"{number + 1}: {record}"
-                    unreadable(number, record)
                     if bad > 100 and bad > 0.01 * seen:
                         break
+                yield number, record
     except (EOFError, ValueError, zlib.error, gzip.BadGzipFile,
             getattr(sys.modules.get("zstandard"), "ZstdError", EOFError)) as e:
         fail(f"{path}: damaged after {seen} documents ({e}); fetch the file again")
@@ -968,24 +968,24 @@ def roots(parent):
     return parent
 
 
-def duplicates(docs, numbers, minhashes, cfg, group):
-    """(verdict, root) of every document: which copy goes and why, and which cluster it is in.
+def duplicates(docs, reasons, numbers, minhashes, cfg, group):
+    """(reasons, root) of every document: why it goes or "", and which cluster it is in.
 
     All ranks know docs; minhashes are of this rank's documents, which have these numbers.
     One of each cluster stays: of the first source, then the longest, then the first."""
-    every = np.arange(len(docs))
-    verdict, parent = np.full(len(docs), "", object), every.copy()
+    every, reasons = np.arange(len(docs)), reasons.copy()
+    parent = every.copy()
     for name in DUPLICATES:
         if name in cfg.skip:
             continue
-        left = every[verdict == ""]
+        left = every[reasons == ""]
         if name == "exact_duplicate":
             union(parent, same(docs["key"][left], left))
         elif name == "url_duplicate":
             left = left[docs["url"][left] != 0]
             union(parent, same(docs["url"][left], left))
         else:
-            left = np.flatnonzero(verdict[numbers] == "")
+            left = np.flatnonzero(reasons[numbers] == "")
             for band in range(cfg.bands):    # one at a time: 16 bytes a document
                 columns = minhashes[left, band * cfg.rows:(band + 1) * cfg.rows].T.astype(np.uint64)
                 *_, (_, keys) = growing(columns, cfg.rows)
@@ -995,9 +995,9 @@ def duplicates(docs, numbers, minhashes, cfg, group):
                     union(parent, edges)
         root, length = roots(parent), docs["size"] * (name != "exact_duplicate")
         order = np.lexsort((every, -length, docs["source"], root))
-        order = order[verdict[order] == ""]
-        verdict[order[1:][root[order[1:]] == root[order[:-1]]]] = name
-    return verdict, roots(parent)
+        order = order[reasons[order] == ""]
+        reasons[order[1:][root[order[1:]] == root[order[:-1]]]] = name
+    return reasons, roots(parent)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1103,50 +1103,117 @@ def contaminated(hits, kept, index, common):
 
 
 # ------------------------------------------------------------------------------------------------
-# The ledger: (step, kind, name) -> [documents, bytes, examples], kind being kept, dropped, changed
+# Clean: a chunk of records -> its texts in the working folder, and a row of numbers a document
 
-STEPS = ("read", "normalise", "filter", "scrub", "deduplicate", "decontaminate")
-
-
-def note(ledger, step, kind, name, documents=1, size=0, examples=()):
-    entry = ledger.setdefault((step, kind, name), [0, 0, []])
-    entry[0] += documents
-    entry[1] += size
-    entry[2] = [*entry[2], *examples][:3]
+DOC = np.dtype([("read", "i8"), ("normalised", "i8"), ("filtered", "i8"), ("size", "i8"),    # bytes
+                ("chars", "i8"), ("key", "u8", 2), ("url", "u8"), ("source", "i4"), ("part", "i4"),
+                ("at", "i8")])
+NO_KEY = bytes(c for c in range(128) if not chr(c).isalnum())
 
 
-def drop(ledger, step, reason, document, text, file):
-    """Note a dropped document; file, if any, takes all of it as a JSON line."""
-    example = f"{document}: {' '.join(text[:200].split())[:60]}"
-    note(ledger, step, "dropped", reason, 1, len(utf8(text)), [example])
-    if file:
-        file.write(json.dumps(dict(document=document, reason=reason, text=text)) + "\n")
+def clean(text, kind, words, cfg, counts):
+    """(Doc of the text normalised, filtered and scrubbed, [bytes after the first, the second of
+    these], why it must go or ""). Changes are counted under (step, what)."""
+    if not text.isascii() and "repair" not in cfg.skip:
+        text, before = repair(text), text
+        counts["normalise", "texts with mojibake repaired"] += text != before
+    doc = Doc(normalise(text), words)
+    sizes = [len(utf8(doc.text))] * 2
+    if not doc.text:
+        return doc, sizes, "empty"
+    for rule in RULES:
+        if rule.__name__ not in cfg.skip and kind >= RULES[rule]:
+            before = doc.text
+            if reason := rule(doc, cfg):
+                return doc, sizes, f"{rule.__name__}: {reason}"
+            if doc.text != before:
+                counts["filter", "texts with lines cut out by c4"] += 1
+                doc = Doc(doc.text, words)
+                sizes[1] = len(utf8(doc.text))
+    text, found = (doc.text, {}) if "scrub" in cfg.skip else scrub(doc.text)
+    counts.update({("scrub", placeholder): n for placeholder, n in found.items()})
+    return Doc(text, words) if found else doc, sizes, ""
 
 
-def merge(ledgers):
-    total = {}
-    for ledger in ledgers:
-        for key, entry in ledger.items():
-            note(total, *key, *entry)
-    return total
+def clean_chunk(parts, file, cfg, index, words):
+    """Write all texts of a chunk to a file, cleaned as far as they came.
+
+    Returns dict(docs (N,) DOC, reasons: why each goes or "", counts, hits (., 2): document and
+    evaluation n-gram, numbers and minhashes (., bands x rows) of the documents that stay)."""
+    rows, reasons, counts, numbers, minhashes = [], [], Counter(), [], []
+    hits, functions = [np.zeros((0, 2), np.uint64)], hash_functions(cfg.bands * cfg.rows)
+    records = ((source, i, at, record) for i, (source, path, start, end) in enumerate(parts)
+               for at, record in read_part(path, start, end, cfg))
+    with open(file, "wb") as f:
+        for source, i, at, record in records:
+            unreadable = record if isinstance(record, str) else ""
+            record = dict(text="", kind=ROW) if unreadable else record
+            url = url_key(record.get("url", ""))
+            kind = dict(auto=PAGE if url else record["kind"], all=PAGE, none=ROW)[cfg.web]
+            counts[source, "broken", ""] += "\ufffd" in record["text"]
+            counts[source, "date", record.get("date", "")[:10]] += 1
+            counts[source, "licence", record.get("license", "not stated")] += not unreadable
+            for text in cut_text(record["text"], PART):
+                reason, doc = unreadable or ("" if text.strip() else "empty"), None
+                read = len(utf8(text))
+                sizes = [read, read]
+                if cfg.clean and not reason:
+                    doc, sizes, reason = clean(text, kind, words, cfg, counts)
+                    text = doc.text
+                data = key = utf8(text)
+                if doc and not reason:
+                    key = utf8(text.lower()).translate(None, NO_KEY) or data
+                    h = words.matching(doc.rows)
+                    h = h if len(h) else np.array([hash64(data)], np.uint64)
+                    if "near_duplicate" not in cfg.skip:
+                        numbers.append(len(rows))
+                        minhashes.append(minhash(h, cfg.shingle, functions))
+                    if index and len(found := lookup(index, h)):
+                        hits.append(np.stack([np.full_like(found, len(rows)), found], axis=1))
+                key = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), "<u8")
+                rows.append((read, *sizes, len(data), len(text), key,
+                             hash64(utf8(url)) if url else 0, source, i, at))
+                reasons.append(reason)
+                f.write(data)
+    return dict(docs=np.array(rows, DOC), reasons=reasons, counts=counts,
+                hits=np.concatenate(hits), numbers=np.array(numbers, np.int64),
+                minhashes=np.array(minhashes, np.uint32).reshape(-1, cfg.bands * cfg.rows))
 
 
-def ledger_rows(ledger):
-    """The ledger for the manifest: step by step, the frequent first, what was kept last."""
-    kinds = ("changed", "dropped", "kept")
-    keys = sorted((key for key in ledger if key[0] in STEPS),
-                  key=lambda k: (STEPS.index(k[0]), kinds.index(k[1]), -ledger[k][0], k[2]))
-    return [dict(zip(("step", "kind", "name", "documents", "bytes", "examples"),
-                     (*key, *ledger[key]))) for key in keys]
+def document_name(part, at):
+    """pages/007.html#0, raw/corpus.jsonl@16777216#12: file, first byte of the part, record."""
+    _, path, start, _ = part
+    return f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{at}"
 
 
-def source_facts(ledger, number):
-    """What the manifest says about an --input: its size, its licences, the newest date in it."""
-    facts = {key[1:]: entry for key, entry in ledger.items() if key[0] == number}
-    documents, size, _ = facts.get(("read", ""), (0, 0, 0))
-    return dict(documents=documents, bytes=size, broken_utf8=facts.get(("broken", ""), [0])[0],
-                licences={k[1]: e[0] for k, e in sorted(facts.items()) if k[0] == "licence"},
-                newest=max((k[1] for k in facts if k[0] == "date"), default=""))
+# ------------------------------------------------------------------------------------------------
+# The ledger: what came in, what every rule changed and dropped, and what was left
+
+STEPS = dict(read="read", normalise="normalised", filter="filtered", scrub="size",
+             deduplicate="size", decontaminate="size")    # step: the bytes of what it leaves
+STEP_OF = {**dict.fromkeys(DUPLICATES, "deduplicate"), "contaminated": "decontaminate",
+           **{rule.__name__: "filter" for rule in RULES}}    # other reasons: read
+
+
+def make_ledger(steps, docs, reasons, counts, examples):
+    """A row for whatever a step changed or dropped, the frequent first, and for what it kept."""
+    rows, left, dropped = [], np.ones(len(docs), bool), Counter(reasons[reasons != ""])
+
+    def add(step, kind, name, documents, size=0, shown=()):
+        rows.append(dict(step=step, kind=kind, name=name, documents=int(documents),
+                         bytes=int(size), examples=[examples[i] for i in shown]))
+
+    for step in steps:
+        for (of, name, *_), n in sorted(counts.items(), key=lambda item: (-item[1], str(item[0]))):
+            if of == step and n:
+                add(step, "changed", name, n)
+        for name, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
+            if STEP_OF.get(name.split(":")[0], "read") == step:
+                these = np.flatnonzero(reasons == name)
+                add(step, "dropped", name, n, docs["size"][these].sum(), these[:3])
+                left[these] = False
+        add(step, "kept", "", left.sum(), docs[STEPS[step]][left].sum())
+    return rows
 
 
 def report(manifest, out, seconds):
@@ -1177,91 +1244,6 @@ def report(manifest, out, seconds):
         rule, count = lost.most_common(1)[0]
         print0(f"warning: {sum(lost.values()) / total:.0%} of the documents were dropped, {count:,}"
                f" by {rule}. If they were good, this rule is not made for them: --skip {rule}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Clean: a chunk of records -> its text in the working folder, and a row of numbers a document
-
-DOC = np.dtype([("size", "i8"), ("chars", "i8"), ("key", "u8", 2), ("url", "u8"), ("source", "i4"),
-                ("part", "i4"), ("at", "i8")])
-NO_KEY = bytes(c for c in range(128) if not chr(c).isalnum())
-
-
-def clean(text, kind, words, cfg, ledger):
-    """(Doc of the text normalised, filtered and scrubbed, why it must go or None)"""
-    if not text.isascii() and "repair" not in cfg.skip:
-        text, before = repair(text), text
-        if text != before:
-            note(ledger, "normalise", "changed", "texts with mojibake repaired")
-    doc = Doc(normalise(text), words)
-    if not doc.text:
-        return doc, "empty"
-    note(ledger, "normalise", "kept", "", 1, len(utf8(doc.text)))
-    for rule in RULES:
-        if rule.__name__ not in cfg.skip and kind >= RULES[rule]:
-            size = len(doc.text)
-            if reason := rule(doc, cfg):
-                return doc, f"{rule.__name__}: {reason}"
-            if len(doc.text) != size:
-                note(ledger, "filter", "changed", "texts with lines cut out by c4")
-                doc = Doc(doc.text, words)
-    note(ledger, "filter", "kept", "", 1, len(utf8(doc.text)))
-    text, found = (doc.text, {}) if "scrub" in cfg.skip else scrub(doc.text)
-    for placeholder, count in found.items():
-        note(ledger, "scrub", "changed", placeholder, count)
-    note(ledger, "scrub", "kept", "", 1, len(utf8(text)))
-    return Doc(text, words) if found else doc, None
-
-
-def clean_chunk(number, parts, work, cfg, index, words):
-    """Writes the texts that stay to <number>.text, with --dropped the others to <number>.dropped.
-
-    Returns dict(ledger, docs (N,) DOC, hits (., 2): document and evaluation n-gram, minhashes)."""
-    ledger, rows, hits, minhashes = {}, [], [np.zeros((0, 2), np.uint64)], []
-    functions = hash_functions(cfg.bands * cfg.rows)
-    with open(work / f"{number}.text", "wb") as f, open(work / f"{number}.dropped", "w") as lost:
-        lost = lost if cfg.dropped else None
-        for i, (source, path, start, end) in enumerate(parts):
-            def unreadable(at, reason):
-                drop(ledger, "read", reason, document_name(parts[i], at), "", lost)
-
-            for at, record in read_part(path, start, end, cfg, unreadable):
-                url = url_key(record.get("url", ""))
-                kind = dict(auto=PAGE if url else record["kind"], all=PAGE, none=ROW)[cfg.web]
-                note(ledger, source, "read", "", 1, len(utf8(record["text"])))
-                note(ledger, source, "broken", "", "\ufffd" in record["text"])
-                note(ledger, source, "date", record.get("date", "")[:10])
-                note(ledger, source, "licence", record.get("license", "not stated"))
-                for text in cut_text(record["text"], PART):
-                    note(ledger, "read", "kept", "", 1, len(utf8(text)))
-                    doc, reason = None, None if text.strip() else "empty"
-                    if cfg.clean:
-                        doc, reason = clean(text, kind, words, cfg, ledger)
-                        text = doc.text
-                    if reason:
-                        drop(ledger, "filter", reason, document_name(parts[i], at), text, lost)
-                        continue
-                    data = key = utf8(text)
-                    if cfg.clean:
-                        key = utf8(text.lower()).translate(None, NO_KEY) or data
-                        h = words.matching(doc.rows)
-                        h = h if len(h) else np.array([hash64(data)], np.uint64)
-                        if "near_duplicate" not in cfg.skip:
-                            minhashes.append(minhash(h, cfg.shingle, functions))
-                        if index and len(found := lookup(index, h)):
-                            hits.append(np.stack([np.full_like(found, len(rows)), found], axis=1))
-                    key = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), "<u8")
-                    rows.append((len(data), len(text), key, hash64(utf8(url)) if url else 0,
-                                 source, i, at))
-                    f.write(data)
-    return dict(ledger=ledger, docs=np.array(rows, DOC), hits=np.concatenate(hits),
-                minhashes=np.array(minhashes, np.uint32).reshape(-1, cfg.bands * cfg.rows))
-
-
-def document_name(part, at):
-    """pages/007.html#0, raw/corpus.jsonl@16777216#12: file, first byte of the part, record."""
-    _, path, start, _ = part
-    return f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{at}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1537,21 +1519,25 @@ def prepare(cfg, sources, enc, work, rank, group):
     mine, started = {}, time.time()
     shown = started
     for n in range(rank, len(chunks), dist.get_world_size(group) if group else 1):
-        mine[n] = clean_chunk(n, chunks[n], parts, cfg, index, words)
+        mine[n] = clean_chunk(chunks[n], parts / f"{n}.text", cfg, index, words)
         if time.time() > shown + 10:
             shown = time.time()
             print0(f"  {n + 1} of {len(chunks)} chunks cleaned, {shown - started:.0f} s")
-    minhashes = [chunk.pop("minhashes") for chunk in mine.values()]
+    minhashes = [chunk.pop("minhashes") for chunk in mine.values()]    # these stay here
     every = {n: chunk for theirs in gather(mine, group) for n, chunk in theirs.items()}
     every = [every[n] for n in range(len(chunks))]
-    ledger, docs = merge(c["ledger"] for c in every), np.concatenate([c["docs"] for c in every])
+    docs, counts = np.concatenate([c["docs"] for c in every]), Counter()
+    for chunk in every:
+        counts.update(chunk["counts"])
     first = np.cumsum([0] + [len(c["docs"]) for c in every])    # each chunk's first document
-    size, verdict, root = docs["size"], np.full(len(docs), "", object), np.arange(len(docs))
+    reasons = np.array([reason for c in every for reason in c["reasons"]], object)
+    size, root = docs["size"], np.arange(len(docs))
 
     def repeated(times, n):
         """The numbers of the documents of chunk n, all with times > 0, then all with > 1, ..."""
         times = times[first[n]:first[n + 1]]
-        return (first[n] + i for p in range(times.max(initial=0)) for i in np.flatnonzero(times > p))
+        return (first[n] + i for p in range(times.max(initial=0))
+                for i in np.flatnonzero(times > p))
 
     def texts(times, among):
         """(number, text) of the documents in some of this rank's chunks, as often as said."""
@@ -1564,33 +1550,33 @@ def prepare(cfg, sources, enc, work, rank, group):
 
     # deduplicate, decontaminate
     if cfg.clean:
-        numbers = (np.arange(first[n], first[n + 1]) for n in mine)
+        numbers = [first[n] + mine[n]["numbers"] for n in mine]
         numbers = np.concatenate([np.zeros(0, int), *numbers])
         minhashes = np.concatenate([np.zeros((0, cfg.bands * cfg.rows), np.uint32), *minhashes])
-        verdict, root = duplicates(docs, numbers, minhashes, cfg, group)
-        note(ledger, "deduplicate", "kept", "", int((verdict == "").sum()),
-             int(size[verdict == ""].sum()))
+        reasons, root = duplicates(docs, reasons, numbers, minhashes, cfg, group)
     if index:
         hits = [c["hits"] + np.array([first[n], 0], np.uint64) for n, c in enumerate(every)]
-        goes, index["found"] = contaminated(np.concatenate(hits), verdict == "", index,
+        goes, index["found"] = contaminated(np.concatenate(hits), reasons == "", index,
                                             cfg.eval_common)
-        verdict[goes] = "contaminated"
-        note(ledger, "decontaminate", "kept", "", int((verdict == "").sum()),
-             int(size[verdict == ""].sum()))
-    lost = [{} for _ in chunks]
-    for n in mine:
-        with open(parts / f"{n}.dropped", "a") as file:
-            for i, text in texts((verdict != "").astype(int), [n]):
-                step = "decontaminate" if verdict[i] == "contaminated" else "deduplicate"
-                name = document_name(chunks[n][docs["part"][i]], docs["at"][i])
-                drop(lost[n], step, verdict[i], name, text, file if cfg.dropped else None)
-    for theirs in zip(*gather(lost, group)):
-        ledger = merge([ledger, *theirs])
-    kept = verdict == ""
+        reasons[goes] = "contaminated"
+    kept = reasons == ""
     if not kept.any():
-        fail(f"--input {' '.join(cfg.input)}: nothing is left of "
-             f"{ledger.get(('read', 'kept', ''), [0])[0]} documents after cleaning; leave rules "
-             f"out with --skip, or all of them with --no-clean")
+        fail(f"--input {' '.join(cfg.input)}: nothing is left of {len(docs)} documents after "
+             f"cleaning; leave rules out with --skip, or all of them with --no-clean")
+
+    # what was dropped: three examples for each reason, and on request all of it
+    shown, examples = np.zeros(len(docs), int), {}
+    for reason in {*reasons[~kept]}:
+        shown[np.flatnonzero(reasons == reason)[:3]] = 1
+    for n in mine:
+        with open(parts / f"{n}.dropped", "w") as f:
+            for i, text in texts(1 * ~kept if cfg.dropped else shown, [n]):
+                name = document_name(chunks[n][docs["part"][i]], docs["at"][i])
+                if shown[i]:
+                    examples[i] = f"{name}: {' '.join(text[:200].split())[:60]}"
+                if cfg.dropped:
+                    f.write(json.dumps(dict(document=name, reason=reasons[i], text=text)) + "\n")
+    examples = {i: text for theirs in gather(examples, group) for i, text in theirs.items()}
 
     # split by duplicate cluster, mix the sources
     cluster_key = docs["key"][:, 0].copy()
@@ -1614,8 +1600,8 @@ def prepare(cfg, sources, enc, work, rank, group):
 
     # tokenizer, from the training text as it is mixed
     if cfg.tokenizer == "train":
-        counts = count_pieces(train_texts(copies * sample, mine))
-        enc = trained_tokenizer(sum(gather(counts, group), Counter()), cfg.vocab_size)
+        pieces = count_pieces(train_texts(copies * sample, mine))
+        enc = trained_tokenizer(sum(gather(pieces, group), Counter()), cfg.vocab_size)
     elif cfg.tokenizer == "chars":
         letters = set().union(*train_texts(copies, mine), *val_texts(mine))
         enc = chars_tokenizer(set().union(*gather(letters, group)))
@@ -1637,14 +1623,20 @@ def prepare(cfg, sources, enc, work, rank, group):
         manifest["sha256"][name] = file_hash(work / f"{name}.bin")
     manifest["sources"] = [
         dict(input=cfg.input[n], weight=weight, epochs=round(float(times[n]), 4), files=len(files),
-             **source_facts(ledger, n)) for n, (weight, files) in enumerate(sources)]
+             documents=int((docs["source"] == n).sum()),
+             bytes=int(docs["read"][docs["source"] == n].sum()),
+             broken_utf8=counts[n, "broken", ""],
+             licences={k[2]: counts[k] for k in sorted(counts, key=str) if k[:2] == (n, "licence")},
+             newest=max(k[2] for k in counts if k[:2] == (n, "date")))
+        for n, (weight, files) in enumerate(sources)]
     manifest["knowledge_cutoff"] = max(source["newest"] for source in manifest["sources"])
     manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k not in ("out", "downloads")}
     searched = cfg.clean and "near_duplicate" not in cfg.skip
     manifest["near_duplicates"] = {    # the S-curve: Jaccard similarity -> chance to be found
         str(s): round(s_curve(s, cfg.bands, cfg.rows), 4)
         for s in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9) if searched}
-    manifest["ledger"] = ledger_rows(ledger)
+    steps = list(STEPS)[:6 if index else 5 if cfg.clean else 1]
+    manifest["ledger"] = make_ledger(steps, docs, reasons, counts, examples)
     with open(work / "train.copies", "wb") as f:
         for n in range(len(chunks)):
             write_ids(f, np.bincount(root)[root[list(repeated(copies, n))]], np.uint32)

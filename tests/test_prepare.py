@@ -450,8 +450,8 @@ def test_every_pattern_is_linear(bait):
     """A page made to be slow stops a crawl: 200 kB of one pattern must take no more than seconds."""
     text, words, started = bait * (200_000 // len(bait)), prepare.Words(), time.process_time()
     prepare.main_text(text + f"<p>{ARTICLE} {ARTICLE}<p>end</p>")
-    doc, _ = prepare.clean(text + "\n" + text.replace(" ", ""), prepare.PAGE, words,
-                           Config(skip=["language", "gopher_repetition", "gopher_quality"]), {})
+    doc, *_ = prepare.clean(text + "\n" + text.replace(" ", ""), prepare.PAGE, words,
+                            Config(skip=["language", "gopher_repetition", "gopher_quality"]), Counter())
     prepare.scrub(doc.text)
     assert time.process_time() - started < 4
 
@@ -658,8 +658,8 @@ def test_near_duplicates_are_found_at_the_predicted_rate(similarity):
     for _ in range(pairs):
         words = rng.integers(0, 2 ** 64, 2 * n - shared, np.uint64)
         signatures += [prepare.minhash(w, 1, functions) for w in (words[:n], words[n - shared:])]
-    docs = np.zeros(2 * pairs, prepare.DOC)
-    verdict, root = prepare.duplicates(docs, np.arange(2 * pairs), np.array(signatures), cfg, None)
+    docs, reasons = np.zeros(2 * pairs, prepare.DOC), np.full(2 * pairs, "", object)
+    verdict, root = prepare.duplicates(docs, reasons, np.arange(2 * pairs), np.array(signatures), cfg, None)
     assert (verdict[::2] == "").all()    # of equal length the first stays
     caught, chance = (verdict[1::2] == "near_duplicate").mean(), prepare.s_curve(shared / (2 * n - shared), 14, 8)
     assert abs(caught - chance) < 4 * (chance * (1 - chance) / pairs) ** 0.5 + 0.005

@@ -180,6 +180,8 @@ def find_sources(cfg):
     for item in cfg.input:
         m = None if Path(item).exists() else re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", item)
         path, weight = (m[1], float(m[2])) if m else (item, 1.0)
+        if not weight:
+            fail(f"--input {item}: a weight is above 0")
         if path in DATASETS and not Path(path).exists():
             path = download(*DATASETS[path], cfg.downloads)
         elif item in Config().input and not glob.glob(item):
@@ -1471,6 +1473,9 @@ def main(cfg):
     started = time.time()
     if not 0 <= cfg.val_fraction < 1:
         fail(f"--val_fraction {cfg.val_fraction}: from 0 to below 1")
+    for name in ("bands", "rows", "shingle", "eval_words"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name} {getattr(cfg, name)}: at least 1")
     for flag, names, known in (("skip", cfg.skip, ALL_RULES),
                                ("languages", cfg.languages, [*FUNCTION_WORDS, *SCRIPTS])):
         for name in names:
@@ -1561,8 +1566,9 @@ def prepare(cfg, sources, enc, work, rank, group):
         reasons[goes] = "contaminated"
     kept = reasons == ""
     if not kept.any():
-        fail(f"--input {' '.join(cfg.input)}: nothing is left of {len(docs)} documents after "
-             f"cleaning; leave rules out with --skip, or all of them with --no-clean")
+        why = ", ".join(f"{n} {name}" for name, n in Counter(reasons).most_common(3)) or "no text"
+        fail(f"--input {' '.join(cfg.input)}: nothing is left of {len(docs)} documents ({why}); "
+             f"leave rules out with --skip, or all of them with --no-clean")
 
     # what was dropped: three examples for each reason, and on request all of it
     shown, examples = np.zeros(len(docs), int), {}

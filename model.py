@@ -11,6 +11,8 @@ import atexit
 import base64
 import ctypes
 import dataclasses
+import functools
+import gzip
 import hashlib
 import inspect
 import json
@@ -285,6 +287,157 @@ def render_chat(enc, messages, reply=False):
     return ids, mask
 
 
+def render_reply(enc, prompt, reply):
+    """(ids, mask) of a prompt (messages) and one reply (text): mask 1 on the reply and its end."""
+    head, _ = render_chat(enc, prompt, reply=True)
+    body = [*enc.encode_ordinary(reply), enc._special_tokens[IM_END]]
+    return head + body, [0] * len(head) + [1] * len(body)
+
+
+# ------------------------------------------------------------------------------------------------
+# Conversations, in the shapes that people's files have
+
+
+def read_rows(paths):
+    """The rows (dicts) of .jsonl(.gz), .json, .parquet files; over 1 % broken lines: an error."""
+    rows = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            fail(f"{path} does not exist")
+        try:
+            if path.suffix == ".parquet":
+                import pyarrow.parquet
+                rows += pyarrow.parquet.read_table(path).to_pylist()
+                continue
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+                text = f.read().decode("utf-8", errors="replace")
+        except ImportError:
+            fail(f"{path}: reading Parquet needs pyarrow: pip install pyarrow")
+        except (OSError, EOFError, ValueError) as e:
+            fail(f"cannot read {path}: {e}")
+        if path.suffix == ".json":
+            lines = None
+            try:
+                lines = json.loads(text)
+            except ValueError as e:
+                fail(f"{path} is not JSON: {e}")
+            rows += lines if isinstance(lines, list) else [lines]
+            continue
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        broken = []
+        for n, line in lines:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                broken.append(n)
+        if len(broken) > 0.01 * len(lines):
+            fail(f"{path}: {len(broken)} of {len(lines)} lines are not JSON, the first is line "
+                 f"{broken[0]}")
+        if broken:
+            print0(f"{path}: {len(broken)} broken lines skipped, the first is line {broken[0]}")
+    if not rows:
+        fail(f"no rows in {' '.join(map(str, paths))}")
+    return rows
+
+
+def to_turns(value, role):
+    """Messages of a text (one turn, or an HH-RLHF transcript) or of a list of turns."""
+    if isinstance(value, str):
+        parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", value)
+        if parts[0].strip() or len(parts) == 1:
+            return [dict(role=role, content=value)]
+        value = [dict(role=who, content=text.strip())
+                 for who, text in zip(parts[1::2], parts[2::2])]
+    names = dict(human="user", gpt="assistant", bot="assistant", chatbot="assistant",
+                 model="assistant", prompter="user")
+    turns = []
+    for turn in value:
+        who = str(turn.get("role", turn.get("from"))).lower()
+        content = turn.get("content", turn.get("value"))
+        if isinstance(content, list):    # OpenAI's list of parts
+            content = "".join(part.get("text", "") for part in content)
+        if names.get(who, who) not in ROLES:
+            raise ValueError(f"unknown role {who!r}")
+        if not isinstance(content, str):
+            raise ValueError("a turn without text")
+        turns.append(dict(role=names.get(who, who), content=content))
+    return turns
+
+
+def to_messages(row):
+    """A demonstration as messages: OpenAI, ShareGPT, Alpaca, GSM8K, prompt + completion, chosen.
+
+    Raises ValueError with the reason where the row is none of these or nothing is said in it.
+    """
+    system = [dict(role="system", content=row["system"])] if row.get("system") else []
+    if "messages" in row or "conversations" in row:
+        turns = to_turns(row.get("messages", row.get("conversations")), "user")
+    elif "chosen" in row:
+        prompt, chosen, _ = to_pair(row)
+        turns = [*prompt, dict(role="assistant", content=chosen)]
+    elif "instruction" in row:
+        ask = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+        turns = to_turns(ask, "user") + to_turns(row.get("output", ""), "assistant")
+    elif "question" in row:
+        turns = to_turns(row["question"], "user") + to_turns(row.get("answer", ""), "assistant")
+    elif "prompt" in row:
+        reply = row.get("completion", row.get("response", ""))
+        turns = to_turns(row["prompt"], "user") + to_turns(reply, "assistant")
+    else:
+        raise ValueError("none of messages, conversations, instruction, question, prompt in it")
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
+        raise ValueError("no assistant turn")
+    return turns if turns[0]["role"] == "system" else system + turns
+
+
+def to_prompt(row):
+    """The messages an assistant should answer next. Raises ValueError."""
+    if "prompt" in row:
+        turns = to_turns(row["prompt"], "user")
+    else:
+        turns = to_messages({"answer": "-", "output": "-", **row})
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not any(turn["content"].strip() for turn in turns):
+        raise ValueError("empty prompt")
+    return turns
+
+
+def to_pair(row):
+    """(prompt messages, chosen text, rejected text): TRL, HH-RLHF, UltraFeedback. ValueError."""
+    chosen, rejected = (to_turns(row.get(k) or "", "assistant") for k in ("chosen", "rejected"))
+    prompt = chosen[:-1] or to_turns(row.get("prompt") or "", "user")
+    if rejected[:-1] != chosen[:-1]:
+        raise ValueError("the prompts differ")
+    if not prompt or not any(turn["content"].strip() for turn in prompt):
+        raise ValueError("empty prompt")
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise ValueError("no assistant turn")
+    chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
+    if not chosen.strip() or not rejected.strip():
+        raise ValueError("empty answer")
+    if chosen.strip() == rejected.strip():
+        raise ValueError("equal answers")
+    return prompt, chosen, rejected
+
+
+def keep_valid(rows, convert, what):
+    """[convert(row)] where that raises no ValueError; the other rows counted by reason."""
+    kept, reasons = [], {}
+    for row in rows:
+        try:
+            kept.append(convert(row))
+        except (ValueError, TypeError, AttributeError, KeyError) as e:
+            why = str(e) if isinstance(e, ValueError) else "not in a known format"
+            reasons[why] = reasons.get(why, 0) + 1
+    if reasons:
+        print0(f"{what}: {sum(reasons.values())} of {len(rows)} rows dropped: "
+               + ", ".join(f"{why} ({n})" for why, n in reasons.items()))
+    if not kept:
+        fail(f"{what}: no row is usable")
+    return kept
+
+
 # ------------------------------------------------------------------------------------------------
 # Arithmetic that several stages need bit for bit
 
@@ -314,6 +467,17 @@ def pad_batch(rows, pad_id):
         ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
         mask[i, :len(row)] = 1
     return ids, mask
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed, epoch, n):
+    return np.random.default_rng((seed, epoch)).permutation(n).tolist()
+
+
+def pick(n, index, seed):
+    """Which of n rows the index-th draw of a run is: each once an epoch, in ever new order."""
+    epoch, i = divmod(index, n)
+    return epoch_order(seed, epoch, n)[i]
 
 
 def cosine_lr(progress, warmup, learning_rate, min_lr):
@@ -573,6 +737,77 @@ def at_last(scores, lengths):
 
 
 # ------------------------------------------------------------------------------------------------
+# LoRA
+
+
+class LoRALinear(nn.Module):
+    """W x + alpha / rank * B (A x), W frozen, B = 0 at first. Hu et al. 2021, arXiv 2106.09685."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale, self.on = linear, alpha / rank, True
+        weight = linear.weight
+        self.a = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        nn.init.uniform_(self.a, -weight.shape[1] ** -0.5, weight.shape[1] ** -0.5)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y + self.scale * F.linear(F.linear(x, self.a), self.b) if self.on else y
+
+
+def add_lora(model, rank, alpha, targets):
+    """Freeze the model and adapt its linear layers of these names ("all": every one in a block)."""
+    layers = [(parent, name) for parent in model.modules() for name, child in
+              parent.named_children() if isinstance(child, nn.Linear) and name.endswith("_proj")
+              and ("all" in targets or name in targets)]
+    if not layers:
+        fail(f"--lora_targets {' '.join(targets)}: no such layer; choose all or some of q_proj "
+             f"k_proj v_proj o_proj gate_proj up_proj down_proj")
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("score."))    # the head of a reward model stays trainable
+    for parent, name in layers:
+        setattr(parent, name, LoRALinear(getattr(parent, name), rank, alpha))
+    return model
+
+
+class Reference:
+    """`with reference as model:` a frozen copy, or with LoRA the policy without its adapters."""
+
+    def __init__(self, policy, frozen=None):
+        self.policy, self.frozen = policy, frozen
+
+    def switch(self, on):
+        for m in self.policy.modules() if self.frozen is None else ():
+            if isinstance(m, LoRALinear):
+                m.on = on
+
+    def __enter__(self):
+        model = self.policy if self.frozen is None else self.frozen
+        self.switch(False)
+        self.was_training = model.training
+        return model.eval()
+
+    def __exit__(self, *exception):
+        self.switch(True)
+        (self.policy if self.frozen is None else self.frozen).train(self.was_training)
+
+
+def plain_weights(model):
+    """(state_dict with adapters merged in, state_dict of the adapted layers alone or None)."""
+    weights, adapted = model.state_dict(), {}
+    for name, m in model.named_modules():
+        if isinstance(m, LoRALinear):
+            parts = {k: weights.pop(f"{name}.{k}") for k in
+                     [k for k, _ in m.named_parameters()]}
+            adapted.update({f"{name}.{k}": v for k, v in parts.items()})
+            weights[f"{name}.weight"] = parts["linear.weight"] + m.scale * parts["b"] @ parts["a"]
+            if "linear.bias" in parts:
+                weights[f"{name}.bias"] = parts["linear.bias"]
+    return weights, adapted or None
+
+
+# ------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -693,10 +928,12 @@ def write_atomic(path, write):
 
 def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
     """One self-contained file: float32 weights, sizes, tokenizer, settings, what resuming needs."""
-    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    weights, adapted = plain_weights(model)
+    weights, adapted = ({k: v.detach().cpu() for k, v in w.items()} if w else None
+                        for w in (weights, adapted))
     if model.config.tie_embeddings:
         weights.pop("head.weight", None)
-    checkpoint = dict(format=1, stage=stage, step=step, weights=weights,
+    checkpoint = dict(format=1, stage=stage, step=step, weights=weights, adapted=adapted,
                       model_config=dataclasses.asdict(model.config), encoding=encoding_to_dict(enc),
                       stage_config=dataclasses.asdict(stage_config), **extra)
     write_atomic(path, lambda f: torch.save(checkpoint, f))
@@ -725,9 +962,9 @@ def load_weights(model, checkpoint):
         fail("weights do not fit the model: " + " ".join(str(e).split())[:300])
 
 
-def load_model(checkpoint, device):
+def load_model(checkpoint, device, dropout=0.0):
     """(model, tokenizer) of a loaded checkpoint; a ScalarHead if that is what was saved."""
-    model = GPT(GPTConfig(**checkpoint["model_config"]))
+    model = GPT(GPTConfig(**{**checkpoint["model_config"], "dropout": dropout}))
     if "score.weight" in checkpoint["weights"]:
         model = ScalarHead(model)
     load_weights(model, checkpoint)

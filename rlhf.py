@@ -1,0 +1,606 @@
+"""Reinforcement learning from feedback: sample answers, score them, make the better ones likelier.
+
+In:   out/sft.pt, prompts (data/prompts.jsonl) and a reward: a model (out/reward.pt), "verifier"
+      (the rules of evaluate.grade on rows that say what is right), or any Python function
+      FILE.py:NAME(prompts, completions) -> list of floats
+Out:  out/rlhf.pt (one self-contained checkpoint) and out/rlhf.jsonl (one JSON line per rollout)
+
+    python rlhf.py                                            # laptop: PPO, two minutes
+    python rlhf.py --algo grpo --reward verifier
+    torchrun --standalone --nproc_per_node=8 rlhf.py --init DIR --reward my.py:score
+
+PPO    r_t = -kl_coef (ln pi_old - ln ref) + [last token] score
+       A_t = sum over l of (gamma lambda)^l d_(t+l),  d_t = r_t + gamma V_(t+1) - V_t   (GAE)
+       L = mean over tokens of -min(q A, clip(q, 1 - e, 1 + e) A) + vf_coef * value loss
+GRPO   A = (score - mean of its group) / std, the same on every token; no critic;
+       L = reduction of -min(q A, clip(q) A) + kl_coef * k3,  k3 = e^x - 1 - x, x = ln ref - ln pi
+with q = pi / pi_old. The value of a GRPO loss is near 0 while its gradient is not: advantages of a
+group cancel, their products with the gradient of ln pi do not.
+
+Watch: reward (what is optimised) against gold (the rules, never trained on unless --reward
+verifier): when the first rises and the second falls, the reward model is being fooled.
+
+References: Schulman et al. 2017, arXiv 1707.06347 (PPO); 2015, 1506.02438 (GAE); Ziegler et al.
+2019, 1909.08593 (adaptive KL); Huang et al. 2024, 2403.17031 (details); Shao et al. 2024,
+2402.03300 (GRPO); Yu et al. 2025, 2503.14476 (DAPO); Liu et al. 2025, 2503.20783 (Dr. GRPO).
+Differs from the papers in: the score sits on the end-of-turn token itself; an answer that does not
+end by itself scores --unfinished; old log-probs are recomputed by the forward of the update, so
+that the first ratio is 1; no top-k or top-p, so that the scored distribution is the sampled one.
+"""
+import importlib.util
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from evaluate import grade
+from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, at_last, cosine_lr,
+                   duration, encoding_hash, fail, generate, keep_valid, load_checkpoint, load_model,
+                   make_optimizers, masked_mean, parse_args, peak_memory,
+                   pick, print0, read_rows, render_chat, save_checkpoint, seed_step,
+                   setup, sum_over_ranks, to_prompt, token_logprobs)
+
+
+@dataclass
+class Config:
+    init: str = "out/sft.pt"               # checkpoint to start from, also the reference
+    reward: str = "out/reward.pt"          # reward model, "verifier" or FILE.py:FUNCTION
+    data: list[str] = field(default_factory=lambda: ["data/prompts.jsonl"])  # files of prompts
+    out: str = "out/rlhf.pt"               # checkpoint to write; the log goes beside it
+    resume: bool = False                   # go on from the checkpoint at --out
+    algo: str = "ppo"                      # ppo or grpo
+    val_fraction: float = 0.1              # share of the prompts held out for the monitors
+    # rollouts
+    max_steps: int = 60                    # rollouts
+    batch_size: int = 96                   # answers per rollout, over all ranks
+    group_size: int = 8                    # answers per prompt with grpo; ppo takes one
+    max_new_tokens: int = 64               # longest answer, tokens
+    temperature: float = 1.0               # of sampling and of every log-prob
+    unfinished: float = -1.0               # score of an answer that does not end by itself
+    format_bonus: float = 0.1              # verifier: for ending in "#### n", right or wrong
+    # the objective
+    kl_coef: float = 0.05                  # pull to the reference, per nat
+    kl_target: float = 0.0                 # nats per answer at which to hold the KL, 0: fixed coef
+    kl_horizon: float = 10_000.0           # answers over which an adaptive kl_coef reacts
+    kl_limit: float = 0.1                  # stop the updates of a rollout above this approx_kl
+    clip_low: float = 0.2                  # ratio is clipped below 1 - this
+    clip_high: float = 0.2                 # ratio is clipped above 1 + this (DAPO: 0.28)
+    gamma: float = 1.0                     # ppo: discount per token
+    gae_lambda: float = 0.95               # ppo: GAE
+    vf_coef: float = 0.1                   # ppo: weight of the value loss
+    value_clip: float = 0.2                # ppo: largest move of a value per rollout
+    whiten_rewards: bool = False           # ppo: divide rewards by their std
+    advantage: str = "std"                 # grpo: std (score minus mean over std) or mean
+    reduction: str = "dapo"                # grpo: grpo, dapo or dr_grpo, over tokens and answers
+    # model
+    lora_rank: int = 0                     # rank of the adapters, 0: train all weights
+    lora_alpha: float = 16.0               # their scale is alpha / rank
+    lora_targets: list[str] = field(default_factory=lambda: ["all"])  # q_proj ... down_proj or all
+    # optimization
+    epochs: int = 2                        # passes over each rollout
+    minibatches: int = 2                   # optimizer steps per pass
+    device_batch_size: int = 32            # answers per forward pass and rank
+    learning_rate: float = 1e-4            # peak, of AdamW
+    value_learning_rate: float = 3e-4      # ppo: peak, of the critic's AdamW
+    min_lr: float = 0.1                    # at the end, as a fraction of the peak
+    warmup: float = 0.05                   # fraction of the run
+    weight_decay: float = 0.0              # on matrices of the blocks, decoupled
+    beta1: float = 0.9                     # AdamW
+    beta2: float = 0.95                    # AdamW
+    grad_clip: float = 1.0                 # largest global gradient norm
+    # running
+    eval_every: int = 20                   # rollouts between validations
+    save_every: int = 20                   # rollouts between checkpoints
+    log_every: int = 5                     # rollouts between console lines
+    precision: str = "auto"                # auto, bf16 or fp32 matrix products
+    seed: int = 1                          # of prompt order and sampling
+
+
+# ------------------------------------------------------------------------------------------------
+# The algorithm. Everything is (B, T), aligned to ids; mask is 1 on the tokens of the answer.
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """(advantages, returns), both (B, T), 0 where mask is 0. Schulman et al. 2015, eq. 16.
+
+    values[:, t] is the value of the state before token t; behind the last token it is 0.
+    """
+    rewards, values = rewards * mask, torch.where(mask > 0, values, 0.0)
+    advantages, ahead = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    for t in range(values.shape[1] - 1, -1, -1):
+        behind = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(ahead)
+        delta = rewards[:, t] + gamma * behind - values[:, t]
+        ahead = (delta + gamma * lam * ahead) * mask[:, t]
+        advantages[:, t] = ahead
+    return advantages, (advantages + values) * mask
+
+
+def whiten(x, mask, d=None, shift=True):
+    """(x - mean) / std over all tokens of all ranks with mask 1 (biased variance), 0 elsewhere.
+
+    shift=False divides by the std but keeps the mean.
+    """
+    x = torch.where(mask > 0, x, 0.0)
+
+    def total(y):
+        y = y.double().sum().cpu()
+        return (sum_over_ranks(y, d) if d else y).item()
+
+    n = max(1.0, total(mask))
+    mean = total(x) / n
+    var = total((x - mean).square() * mask) / n
+    white = (x - mean) * (var + 1e-8) ** -0.5
+    return (white if shift else white + mean) * mask
+
+
+def group_advantages(scores, group_size, kind="std", eps=1e-4):
+    """Advantages (B,) of answers that come in groups of one prompt each: Shao et al. 2024, 4.1.2.
+
+    kind: "std" divides by the population std of the group (+ eps), "mean" does not (Dr. GRPO).
+    Raises ValueError for a group of one: it would never learn anything.
+    """
+    if group_size < 2:
+        raise ValueError("groups need at least 2 answers")
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    if kind == "std":
+        centred = centred / (groups.std(dim=1, keepdim=True, unbiased=False) + eps)
+    return centred.view(-1)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
+    """Clipped surrogate of each token (B, T): -min(q A, clip(q) A). Schulman et al. 2017, eq. 7."""
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.minimum(ratio * advantages,
+                          ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def value_loss(values, old_values, returns, clip):
+    """Half the larger squared error of the value and of its clipped self, each token (B, T)."""
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+
+
+def k3(logprobs, ref_logprobs):
+    """Estimate of KL(pi || ref) from samples of pi, each token: never negative. Schulman 2020."""
+    x = (ref_logprobs - logprobs).clamp(-40, 40)
+    return torch.expm1(x) - x
+
+
+def token_weights(mask, reduction, n_rows, n_tokens, max_len):
+    """Weights (B, T) that turn token losses into the loss; n_rows, n_tokens: of the whole step.
+
+    grpo: mean over the tokens of an answer, then over answers; dapo: mean over all tokens;
+    dr_grpo: sum over tokens / (answers * max_len), so that no length is preferred.
+    """
+    if reduction == "grpo":
+        return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / n_rows
+    if reduction == "dapo":
+        return mask / n_tokens
+    if reduction == "dr_grpo":
+        return mask / (n_rows * max_len)
+    raise ValueError(f"unknown reduction {reduction!r}: choose grpo, dapo or dr_grpo")
+
+
+def adapt_kl_coef(kl_coef, kl, target, n, horizon):
+    """Ziegler et al. 2019, sec. 2.2: kl and target in nats an answer, n answers in this rollout."""
+    return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(returns - values) / Var(returns) over mask: 1 perfect, 0 no better than the mean."""
+    def var(x):
+        mean = masked_mean(x, mask)
+        return masked_mean((x - mean).square(), mask).item()
+
+    return 1 - var(returns - values) / max(1e-8, var(returns))
+
+
+# ------------------------------------------------------------------------------------------------
+# Data and rewards
+
+
+def load_prompts(paths, enc, room):
+    """Rows as dicts: ids (ready for an answer), messages, and the row itself for the verifier."""
+    def convert(row):
+        messages = to_prompt(row)
+        ids, _ = render_chat(enc, messages, reply=True)
+        if len(ids) > room:
+            raise ValueError(f"longer than {room} tokens")
+        return dict(ids=ids, messages=messages, row=row)
+
+    return keep_valid(read_rows(paths), convert, " ".join(paths))
+
+
+def gradable(row):
+    """Does the row say what is right, so that the rules can judge an answer to it?"""
+    return "expect" in row or "answer" in row
+
+
+def load_function(spec):
+    """The function of FILE.py:NAME."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file():
+        fail(f"--reward {spec}: {path or spec} does not exist (a checkpoint, verifier, or "
+             f"FILE.py:FUNCTION)")
+    spec_ = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(spec_)
+    try:
+        spec_.loader.exec_module(module)
+    except Exception as e:    # the user's own code
+        fail(f"--reward {spec}: importing {path} raised {type(e).__name__}: {e}")
+    if not callable(getattr(module, name, None)):
+        fail(f"--reward {spec}: there is no function {name} in {path}")
+    return getattr(module, name)
+
+
+def make_reward(cfg, enc, d):
+    """(function of (prompts, texts, answers) -> list of floats, reward model or None).
+
+    prompts: dicts of load_prompts; texts: ids of prompt and answer; answers: strings.
+    """
+    if cfg.reward == "verifier":
+        def verify(prompts, texts, answers):
+            marks = [(grade(p["row"], a), "####" in str(p["row"].get("answer")))
+                     for p, a in zip(prompts, answers)]
+            return [m["score"] + cfg.format_bonus * m["format"] * sums for m, sums in marks]
+        return verify, None
+    if ".py:" in cfg.reward:
+        function = load_function(cfg.reward)
+
+        def call(prompts, texts, answers):
+            try:
+                scores = function([p["messages"] for p in prompts], answers)
+                scores = [float(score) for score in scores]
+            except Exception as e:    # the user's own code
+                fail(f"--reward {cfg.reward} raised {type(e).__name__}: {e}")
+            if len(scores) != len(answers):
+                fail(f"--reward {cfg.reward} returned {len(scores)} numbers for {len(answers)} "
+                     f"completions")
+            if not all(map(math.isfinite, scores)):
+                i = [math.isfinite(score) for score in scores].index(False)
+                fail(f"--reward {cfg.reward} returned {scores[i]} for the completion "
+                     f"{answers[i][:80]!r}")
+            return scores
+        return call, None
+    judge, judge_enc = load_model(load_checkpoint(cfg.reward, "python reward.py"), d.device)
+    if not isinstance(judge, ScalarHead):
+        fail(f"{cfg.reward} is not a reward model; make one with: python reward.py")
+    if encoding_hash(judge_enc) != encoding_hash(enc):
+        fail(f"{cfg.reward} has another tokenizer than {cfg.init}")
+    judge.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def score(prompts, texts, answers):
+        scores = []
+        for at in range(0, len(texts), cfg.device_batch_size):
+            ids, lengths = pad_ids(texts[at:at + cfg.device_batch_size], enc, d)
+            with d.autocast():
+                scores += at_last(judge(ids), lengths).tolist()
+        return scores
+    return score, judge
+
+
+def pad_ids(texts, enc, d):
+    """ids (B, T) and lengths (B,) of lists of ids."""
+    lengths = torch.tensor([len(text) for text in texts])
+    ids = torch.full((len(texts), int(lengths.max())), enc._special_tokens[PAD])
+    for row, text in zip(ids, texts):
+        row[:len(text)] = torch.tensor(text)
+    return ids.to(d.device), lengths.to(d.device)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rollouts: the same for both algorithms
+
+
+def rollout(policy, prompts, seeds, reward, enc, cfg, d, temperature):
+    """Answer each prompt and score it: dict of ids, mask (B, T), scores, gold, stopped (B,), texts.
+
+    gold is NaN where the rules cannot judge.
+    """
+    end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
+    ids, mask = generate(policy, [p["ids"] for p in prompts], cfg.max_new_tokens, temperature,
+                         stop_ids=[end], pad_id=pad_id, seeds=seeds, dtype=d.dtype)
+    answers = [row[m > 0].tolist() for row, m in zip(ids, mask)]
+    texts = [p["ids"] + answer for p, answer in zip(prompts, answers)]
+    stopped = torch.tensor([answer[-1] == end for answer in answers])
+    answers = [enc.decode([i for i in answer if i != end]) for answer in answers]
+    scores = torch.tensor(reward(prompts, texts, answers), dtype=torch.float32)
+    scores = torch.where(stopped, scores, cfg.unfinished)
+    gold = torch.tensor([grade(p["row"], a)["score"] * float(s) if gradable(p["row"]) else math.nan
+                         for p, a, s in zip(prompts, answers, stopped)])
+    return dict(ids=ids, mask=mask, scores=scores.to(d.device), gold=gold, stopped=stopped.float(),
+                texts=answers)
+
+
+def answer_logprobs(model, ids, mask, cfg, d):
+    """Log-probs (B, T) of the answers' tokens at the sampling temperature, and the logits."""
+    with d.autocast():
+        logits = model(ids)                                                     # (B, T, V)
+    logits = logits.float() / cfg.temperature
+    return token_logprobs(logits, ids) * mask, logits
+
+
+def before_token(scores):
+    """A critic's scores (B, T), each after its token, as values of the states before the tokens."""
+    return F.pad(scores[:, :-1], (1, 0))
+
+
+@torch.no_grad()
+def score_rollout(policy, ref, critic, batch, cfg, d):
+    """Add old_logprobs, ref_logprobs, entropy and old_values (B, T) to the rollout."""
+    columns = dict(old_logprobs=[], ref_logprobs=[], entropy=[], old_values=[])
+    for at in range(0, len(batch["ids"]), cfg.device_batch_size):
+        ids, mask = (batch[k][at:at + cfg.device_batch_size] for k in ("ids", "mask"))
+        logprobs, logits = answer_logprobs(policy, ids, mask, cfg, d)
+        columns["old_logprobs"].append(logprobs)
+        p = logits.log_softmax(-1)
+        columns["entropy"].append(F.pad(-(p.exp() * p).sum(-1)[:, :-1], (1, 0)) * mask)
+        with ref as frozen:
+            columns["ref_logprobs"].append(answer_logprobs(frozen, ids, mask, cfg, d)[0])
+        if critic:
+            with d.autocast():
+                columns["old_values"].append(before_token(critic(ids)) * mask)
+    batch.update({k: torch.cat(v) for k, v in columns.items() if v})
+
+
+def spread(values, d):
+    """Means over ranks of a dict of numbers; NaNs (nothing to judge) do not count."""
+    x = torch.tensor([[0.0 if math.isnan(v) else v, float(not math.isnan(v))]
+                      for v in values.values()], dtype=torch.float64)
+    x = sum_over_ranks(x, d)
+    return {k: (a / n).item() if n else math.nan for k, (a, n) in zip(values, x)}
+
+
+def validate(policy, prompts, reward, enc, cfg, d):
+    """Greedy answers to held-out prompts: reward, gold, length, share that stop; some shown."""
+    mine = prompts[d.rank::d.world_size]
+    batch = rollout(policy, mine, [0] * len(mine), reward, enc, cfg, d, temperature=0)
+    values = dict(val_reward=batch["scores"].mean().item(),
+                  val_gold=batch["gold"].nanmean().item(),
+                  val_length=batch["mask"].sum(1).mean().item(),
+                  val_stopped=batch["stopped"].mean().item())
+    shown = "".join(f"\n    {p['messages'][-1]['content'][-80:]!r} -> {text!r} "
+                    f"({score:.2f})" for p, text, score in
+                    list(zip(mine, batch["texts"], batch["scores"].tolist()))[:3])
+    return spread(values, d), shown
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+
+
+def main(cfg):
+    d = setup(cfg.seed, cfg.precision)
+    group_size = cfg.group_size if cfg.algo == "grpo" else 1
+    if cfg.algo not in ("ppo", "grpo"):
+        fail(f"--algo {cfg.algo}: choose ppo or grpo")
+    if cfg.algo == "grpo" and cfg.group_size < 2:
+        fail("--group_size 1: an answer alone has nothing to be better than; take 2 or more")
+    if cfg.advantage not in ("std", "mean") or cfg.reduction not in ("grpo", "dapo", "dr_grpo"):
+        fail("choose --advantage from std, mean and --reduction from grpo, dapo, dr_grpo")
+    per_rank = cfg.batch_size // d.world_size
+    if cfg.batch_size % (d.world_size * group_size * cfg.minibatches) or per_rank < 1:
+        fail(f"--batch_size {cfg.batch_size} is not a multiple of {d.world_size} ranks x "
+             f"{group_size} answers x {cfg.minibatches} minibatches")
+    if cfg.temperature <= 0:
+        fail(f"--temperature {cfg.temperature}: exploring needs a temperature above 0")
+
+    # models: policy, reference, reward, critic
+    first = load_checkpoint(cfg.init, "python sft.py")
+    checkpoint = load_checkpoint(cfg.out, "python rlhf.py") if cfg.resume else first
+    raw, enc = load_model(checkpoint, d.device)
+    if not isinstance(raw, GPT):
+        fail(f"{cfg.init} is a reward model; give a language model")
+    reward, judge = make_reward(cfg, enc, d)
+    raw_critic = None
+    if cfg.algo == "ppo":
+        raw_critic = load_model(load_checkpoint(cfg.reward, ""), d.device)[0] if judge else (
+            ScalarHead(load_model(first, d.device)[0]).to(d.device))
+    ref = Reference(raw)
+    if cfg.lora_rank:
+        for model in filter(None, (raw, raw_critic)):
+            add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+    else:
+        ref.frozen = load_model(first, d.device)[0].requires_grad_(False)
+    if cfg.resume:
+        if cfg.lora_rank:
+            raw.load_state_dict(checkpoint["adapted"], strict=False)
+        if raw_critic:
+            raw_critic.load_state_dict(checkpoint["critic"])
+    for model in filter(None, (raw, raw_critic, ref.frozen)):
+        model.eval()    # no dropout anywhere: the scored policy is the one that sampled
+
+    # data
+    prompts = load_prompts(cfg.data, enc, raw.config.block_size - cfg.max_new_tokens)
+    order = [pick(len(prompts), i, (cfg.seed, 7)) for i in range(len(prompts))]
+    n_val = max(1, d.world_size, round(cfg.val_fraction * len(prompts)))
+    held_out, train = [prompts[i] for i in order[:n_val]], [prompts[i] for i in order[n_val:]]
+    if not train:
+        fail(f"{' '.join(cfg.data)}: {len(prompts)} prompts are too few to train and validate")
+    if cfg.reward == "verifier" and not all(gradable(p["row"]) for p in prompts):
+        fail(f"--reward verifier: rows of {' '.join(cfg.data)} do not say what is right (fields "
+             f"expect and answer)")
+
+    def wrap(module):
+        return DDP(module, device_ids=[d.local_rank] if d.device.type == "cuda" else None,
+                   forward_sync_buffers=False) if d.world_size > 1 and module else module
+
+    policy, critic = wrap(raw), wrap(raw_critic)
+    optimizers = make_optimizers(raw, "adamw", cfg.learning_rate, cfg.weight_decay,
+                                 (cfg.beta1, cfg.beta2))
+    if critic:
+        optimizers += make_optimizers(raw_critic, "adamw", cfg.value_learning_rate,
+                                      cfg.weight_decay, (cfg.beta1, cfg.beta2))
+    peaks = [opt.param_groups[0]["lr"] for opt in optimizers]
+    n_params = sum(p.numel() for p in raw.parameters() if p.requires_grad)
+    print0(f"model: {n_params:,} parameters trained, {cfg.init}; {cfg.algo} on {cfg.reward}")
+    print0(f"data: {len(train)} prompts, {len(held_out)} held out; {cfg.max_steps} rollouts x "
+           f"{cfg.batch_size // group_size} prompts x {group_size} answers, {cfg.epochs} epochs x "
+           f"{cfg.minibatches} minibatches")
+
+    state = dict(step=0, seconds=0.0, kl_coef=cfg.kl_coef)
+    if cfg.resume:
+        state = checkpoint["state"]
+        for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        print0(f"resuming {cfg.out} at rollout {state['step']}")
+    log = Log(cfg.out, state["step"] if cfg.resume else None)
+
+    def save():
+        if d.is_master:
+            critic_weights = dict(critic=raw_critic.state_dict()) if raw_critic else {}
+            save_checkpoint(cfg.out, raw, "rlhf", state["step"], enc, cfg, state=state,
+                            optimizers=[opt.state_dict() for opt in optimizers], **critic_weights)
+
+    started, spent = time.perf_counter() - state["seconds"], []    # spent: since the last line
+    for step in range(state["step"], cfg.max_steps + 1):
+        state.update(step=step, seconds=time.perf_counter() - started)
+        last = step == cfg.max_steps
+
+        if last or step % cfg.eval_every == 0:
+            metrics, shown = validate(raw, held_out, reward, enc, cfg, d)
+            log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
+                                                     for k, v in metrics.items()) + shown,
+                step=step, **metrics, seconds=state["seconds"])
+        if last or step and step % cfg.save_every == 0:
+            save()
+        if last:
+            break
+
+        seed_step(cfg.seed, step, d.rank)    # the order of minibatches is the only draw below
+        for opt, peak in zip(optimizers, peaks):
+            for group in opt.param_groups:
+                group["lr"] = cosine_lr((step + 0.5) / cfg.max_steps, cfg.warmup, peak,
+                                        cfg.min_lr * peak)
+
+        # rollout: whole groups on one rank; answer n of the run has its own seed
+        step_started = time.perf_counter()
+        n_groups = per_rank // group_size
+        numbers = [step * cfg.batch_size // group_size + d.rank * n_groups + i
+                   for i in range(n_groups)]
+        chosen = [train[pick(len(train), n, cfg.seed)] for n in numbers for _ in range(group_size)]
+        seeds = [cfg.seed * 1_000_003 + n * group_size + g for n in numbers
+                 for g in range(group_size)]
+        batch = rollout(raw, chosen, seeds, reward, enc, cfg, d, cfg.temperature)
+        score_rollout(policy, ref, critic, batch, cfg, d)
+        ids, mask, scores = (batch[k] for k in ("ids", "mask", "scores"))
+        kl = batch["old_logprobs"] - batch["ref_logprobs"]                          # k1, (B, T)
+
+        # advantages: the first of two places where the algorithms differ
+        values = {}
+        if cfg.algo == "ppo":
+            final = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))    # the last token
+            rewards = (-state["kl_coef"] * kl + final * scores[:, None]) * mask
+            if cfg.whiten_rewards:
+                rewards = whiten(rewards, mask, d, shift=False)
+            advantages, returns = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.gae_lambda)
+            values["explained_variance"] = explained_variance(batch["old_values"], returns, mask)
+            values["advantage_std"] = masked_mean(advantages.square(), mask).sqrt().item()
+            advantages = whiten(advantages, mask, d)
+        else:
+            per_answer = group_advantages(scores, group_size, cfg.advantage)
+            advantages = per_answer[:, None] * mask
+            least, most = scores.view(-1, group_size).aminmax(dim=1)
+            values["zero_variance"] = (least == most).float().mean().item()
+
+        # updates
+        sums, skipped = torch.zeros(6, dtype=torch.float64), 0    # see names below
+        n_updates = 0
+        size = per_rank // cfg.minibatches
+        for _ in range(cfg.epochs):
+            order = torch.randperm(per_rank)
+            for rows in order.split(size):
+                n_tokens = sum_over_ranks(mask[rows].sum().cpu(), d).item()
+                approx_kl = 0.0
+                for part in rows.split(cfg.device_batch_size):
+                    sync = part[-1] == rows[-1]    # exchange gradients once, at the end
+                    b = {k: v[part] for k, v in batch.items() if k not in ("texts",)}
+                    if d.world_size > 1:
+                        policy.require_backward_grad_sync = bool(sync)
+                    logprobs, _ = answer_logprobs(policy, b["ids"], b["mask"], cfg, d)
+                    surrogate = policy_loss(logprobs, b["old_logprobs"], advantages[part],
+                                            cfg.clip_low, cfg.clip_high)
+                    # the loss: the second place where the algorithms differ
+                    penalty = torch.zeros_like(surrogate)
+                    weights = b["mask"] / n_tokens
+                    if cfg.algo == "grpo":
+                        penalty = k3(logprobs, b["ref_logprobs"])
+                        weights = token_weights(b["mask"], cfg.reduction, size * d.world_size,
+                                                n_tokens, cfg.max_new_tokens)
+                        penalty = state["kl_coef"] * penalty
+                    loss = (weights * (surrogate + penalty)).sum()
+                    (loss * d.world_size).backward()    # because DDP averages over ranks
+                    v_loss = torch.zeros(())
+                    if critic:
+                        if d.world_size > 1:
+                            critic.require_backward_grad_sync = bool(sync)
+                        with d.autocast():
+                            v = before_token(critic(b["ids"]))
+                        v_loss = (b["mask"] / n_tokens * value_loss(
+                            v, b["old_values"], returns[part], cfg.value_clip)).sum()
+                        (cfg.vf_coef * v_loss * d.world_size).backward()
+                    with torch.no_grad():
+                        w, move = b["mask"] / n_tokens, logprobs - b["old_logprobs"]
+                        q = move.exp()
+                        outside = (q < 1 - cfg.clip_low) | (q > 1 + cfg.clip_high)
+                        part_kl = (w * 0.5 * move.square()).sum()
+                        approx_kl += part_kl.item()
+                        sums += torch.stack([(weights * surrogate).sum(), (weights * penalty).sum(),
+                                             v_loss.to(q), part_kl, (w * outside).sum(),
+                                             (w * q).sum()]).double().cpu()
+                n_updates += 1
+                approx_kl = sum_over_ranks(torch.tensor(approx_kl), d).item()
+                norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), cfg.grad_clip).item()
+                         for m in (raw, raw_critic) if m]
+                if not all(map(math.isfinite, (approx_kl, *norms))):
+                    fail(f"rollout {step}: gradient norm {norms[0]}, KL {approx_kl}; lower "
+                         f"--learning_rate. The weights of the last save are in {cfg.out}")
+                stop = approx_kl > cfg.kl_limit > 0
+                for opt in optimizers:
+                    if not stop:
+                        opt.step()
+                    opt.zero_grad(set_to_none=True)
+                if stop:
+                    break
+            else:
+                continue
+            skipped = 1    # the step that went too far was not taken, nor any after it
+            break
+
+        names = ("policy_loss", "kl_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
+        values.update(zip(names, (sum_over_ranks(sums, d) / n_updates).tolist()))
+        values.update(spread(dict(
+            reward=scores.mean().item(), reward_std=scores.std().item(),
+            gold=batch["gold"].nanmean().item(), kl=(kl * mask).sum(1).mean().item(),
+            k3=masked_mean(k3(batch["old_logprobs"], batch["ref_logprobs"]), mask).item(),
+            entropy=masked_mean(batch["entropy"], mask).item(),
+            length=mask.sum(1).mean().item(), stopped=batch["stopped"].mean().item()), d))
+        if cfg.kl_target:
+            state["kl_coef"] = adapt_kl_coef(state["kl_coef"], values["kl"], cfg.kl_target,
+                                             cfg.batch_size, cfg.kl_horizon)
+        spent.append(time.perf_counter() - step_started)
+        line = ""
+        if step % cfg.log_every == 0:
+            left = (cfg.max_steps - step) * sum(spent) / len(spent)
+            line = (f"step {step:6d} | reward {values['reward']:7.3f} | gold "
+                    f"{values['gold']:5.3f} | kl {values['kl']:6.3f} | entropy "
+                    f"{values['entropy']:5.3f} | length {values['length']:5.1f} | stopped "
+                    f"{values['stopped']:5.1%} | norm {norms[0]:5.2f} | eta {duration(left)}")
+            spent = []
+        log(line, step=step, **values, kl_coef=state["kl_coef"], stopped_early=skipped,
+            grad_norm=norms[0], lr=optimizers[0].param_groups[0]["lr"],
+            seconds=time.perf_counter() - started)
+
+    print0(f"done: {cfg.out}: {cfg.max_steps:,} rollouts in {duration(state['seconds'])}, "
+           f"at most {peak_memory(d)}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main(parse_args(Config))

@@ -84,7 +84,7 @@ def parse_args(Config, argv=None):
     for f in dataclasses.fields(Config):
         kinds = [k for k in typing.get_args(f.type) if k is not types.NoneType]
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        shown = " ".join(default) if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
         shown = "derived" if shown is None else "none" if shown == "" else (
             "yes" if shown is True else "no" if shown is False else shown)
         metavar = {int: "N", float: "X"}.get((kinds or [f.type])[0], f.name.upper())

@@ -171,7 +171,7 @@ def assert_two_ranks_train_like_one(main, cfg, folder):
     one, two = (log_of(Path(folder) / f"{name}.pt") for name in ("one", "two"))
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for x, y in zip(one, two):
-        for key in x.keys() - CLOCK:
+        for key in [k for k in x.keys() - CLOCK if isinstance(x[k], (int, float))]:
             assert y[key] == pytest.approx(x[key], abs=2e-3, nan_ok=True), (key, x["step"])
 
 

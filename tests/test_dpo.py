@@ -167,7 +167,7 @@ def test_overfits_one_batch(files, tmp_path, loss, beta):
     """Some gradient would be missing or of the wrong sign: six pairs must be learnable by heart."""
     rows = [dict(prompt=f"{i}", chosen="ab"[i % 2], rejected="ba"[i % 2]) for i in range(7)]    # no rule but memory
     cfg = config(files, tmp_path / "a.pt", data=[write(tmp_path / "x.jsonl", rows)], loss=loss, beta=beta,
-                 max_steps=40, learning_rate=5e-3)
+                 max_steps=50, learning_rate=2e-2)
     dpo.main(cfg)
     rows = log_of(cfg.out, "accuracy")
     assert rows[-1]["accuracy"] == 1.0 and rows[-1]["loss"] < 0.6 * rows[0]["loss"]
@@ -301,7 +301,7 @@ def test_the_whole_chain(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "peak_flops", lambda d: (1e12, "as good as any"))
     at = lambda name: str(tmp_path / name)
     (tmp_path / "raw.txt").write_text("\n".join(f"What is {q} It is {a}" for q, a, _ in sums(200)))
-    pairs, shown = preferences(tmp_path / "pairs.jsonl"), demonstrations(tmp_path / "sft.jsonl")
+    pairs, shown = preferences(tmp_path / "pairs.jsonl"), demonstrations(tmp_path / "shown.jsonl")
     asked = write(tmp_path / "prompts.jsonl", [dict(prompt=q, answer=[a], expect="answer") for q, a, _ in sums(24)])
     few = dict(max_steps=2, precision="fp32", eval_every=100, save_every=100)
     prepare.main(prepare.Config(input=[at("raw.txt")], out=at("tokens"), tokenizer="bytes", clean=False, split="tail",

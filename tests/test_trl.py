@@ -125,6 +125,7 @@ def test_grpo(tmp_path, reduction):
     trainer = trl.GRPOTrainer(llama(policy), reward_funcs=lambda completions, **_: [0.0] * len(completions), args=args,
                               train_dataset=Dataset.from_list([dict(prompt="t1")]), processing_class=tokenizer())
     trainer.beta = 0.04    # set late: TRL would look for a reference model on the hub
+    trainer.args.use_bias_correction_kl = False    # k3 as in the paper, not times the ratio
     torch.manual_seed(0)
     P, ids, mask = 3, torch.randint(0, 256, (4, 9)), torch.zeros(4, 9)
     for i, length in enumerate((2, 6, 1, 4)):

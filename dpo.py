@@ -194,9 +194,11 @@ def sample_pairs(policy, judge, prompts, enc, cfg, d, step):
     alone = type(d)(0, d.local_rank, 1, d.device, d.dtype, d.is_master)    # this rank's texts
     scores = score_all(judge, texts, pad_id, cfg, alone)
     judge.eval()
+    # an answer that does not end by itself is never the better one
+    ranks = [s if text[-1] == end else -math.inf for s, text in zip(scores, texts)]
     pairs = []
     for i, prompt in enumerate(prompts):
-        (a, ra), (b, rb) = sorted(zip(texts[2 * i:2 * i + 2], scores[2 * i:2 * i + 2]),
+        (a, ra), (b, rb) = sorted(zip(texts[2 * i:2 * i + 2], ranks[2 * i:2 * i + 2]),
                                   key=lambda pair: -pair[1])
         if a != b and ra > rb:
             pairs.append(dict(chosen=a, rejected=b, n_prompt=len(prompt)))
@@ -239,6 +241,8 @@ def main(cfg):
     else:
         reference_logprobs(ref, train, pad_id, cfg, d)
     reference_logprobs(ref, held_out, pad_id, cfg, d)
+    if not train:
+        fail(f"{' '.join(cfg.data)}: too few prompts to train and validate")
     if cfg.batch_size % d.world_size:
         fail(f"--batch_size {cfg.batch_size} is not a multiple of {d.world_size} ranks")
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(train) / cfg.batch_size))
@@ -316,7 +320,8 @@ def main(cfg):
             fail(f"step {step}: loss {values['loss']}, gradient norm {grad_norm}; lower "
                  f"--learning_rate. The weights of the last save are in {cfg.out}")
         for opt in optimizers:
-            opt.step()
+            if n_pairs:    # else momentum alone would move the weights
+                opt.step()
             opt.zero_grad(set_to_none=True)
 
         spent.append(time.perf_counter() - step_started)

@@ -39,9 +39,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from evaluate import grade
 from model import (GPT, IM_END, PAD, Log, Reference, ScalarHead, add_lora, at_last, cosine_lr,
-                   duration, encoding_hash, fail, generate, keep_valid, lineage, load_adapted,
-                   load_checkpoint, load_model, make_optimizers, masked_mean, parse_args,
-                   peak_memory, pick, print0, read_rows, render_chat, save_checkpoint, seed_step,
+                   duration, encoding_hash, fail, from model import (IM_END, generate, keep_valid,
+                   lineage, load_adapted, load_checkpoint, load_model, make_optimizers, masked_mean,
+                   parse_args, peak_memory, pick, print0, read_rows, render_chat, save_checkpoint,
+                   seed_step)
                    setup, sum_over_ranks, to_prompt, token_logprobs)
 
 
@@ -110,7 +111,7 @@ def gae(rewards, values, mask, gamma, lam):
 
     values[:, t] is the value of the state before token t; behind the last token it is 0.
     """
-    rewards, values = rewards * mask, torch.where(mask > 0, values, 0.0)
+    rewards, values = (torch.where(mask > 0, x, 0.0) for x in (rewards, values))
     advantages, ahead = torch.zeros_like(values), torch.zeros_like(values[:, 0])
     for t in range(values.shape[1] - 1, -1, -1):
         behind = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(ahead)
@@ -120,11 +121,8 @@ def gae(rewards, values, mask, gamma, lam):
     return advantages, (advantages + values) * mask
 
 
-def whiten(x, mask, d=None, shift=True):
-    """(x - mean) / std over all tokens of all ranks with mask 1 (biased variance), 0 elsewhere.
-
-    shift=False divides by the std but keeps the mean.
-    """
+def moments(x, mask, d=None):
+    """(mean, biased variance) of x where mask is 1, over all ranks."""
     x = torch.where(mask > 0, x, 0.0)
 
     def total(y):
@@ -133,8 +131,16 @@ def whiten(x, mask, d=None, shift=True):
 
     n = max(1.0, total(mask))
     mean = total(x) / n
-    var = total((x - mean).square() * mask) / n
-    white = (x - mean) * (var + 1e-8) ** -0.5
+    return mean, total((x - mean).square() * mask) / n
+
+
+def whiten(x, mask, d=None, shift=True):
+    """(x - mean) / std over all tokens of all ranks with mask 1, 0 elsewhere.
+
+    shift=False divides by the std but keeps the mean.
+    """
+    mean, var = moments(x, mask, d)
+    white = (torch.where(mask > 0, x, 0.0) - mean) * (var + 1e-8) ** -0.5
     return (white if shift else white + mean) * mask
 
 
@@ -192,13 +198,9 @@ def adapt_kl_coef(kl_coef, kl, target, n, horizon):
     return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * n / horizon)
 
 
-def explained_variance(values, returns, mask):
+def explained_variance(values, returns, mask, d=None):
     """1 - Var(returns - values) / Var(returns) over mask: 1 perfect, 0 no better than the mean."""
-    def var(x):
-        mean = masked_mean(x, mask)
-        return masked_mean((x - mean).square(), mask).item()
-
-    return 1 - var(returns - values) / max(1e-8, var(returns))
+    return 1 - moments(returns - values, mask, d)[1] / max(1e-8, moments(returns, mask, d)[1])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -351,21 +353,18 @@ def score_rollout(policy, ref, critic, batch, cfg, d):
 
 
 def spread(values, d):
-    """Means over ranks of a dict of numbers; NaNs (nothing to judge) do not count."""
-    x = torch.tensor([[0.0 if math.isnan(v) else v, float(not math.isnan(v))]
-                      for v in values.values()], dtype=torch.float64)
-    x = sum_over_ranks(x, d)
-    return {k: (a / n).item() if n else math.nan for k, (a, n) in zip(values, x)}
+    """Means of each tensor of a dict over all ranks; NaNs (nothing to judge) do not count."""
+    x = torch.stack([torch.stack([v.nansum(), (~v.isnan()).sum()]).double().cpu()
+                     for v in values.values()])
+    return {k: a / n if n else math.nan for k, (a, n) in zip(values, sum_over_ranks(x, d).tolist())}
 
 
 def validate(policy, prompts, reward, enc, cfg, d):
     """Greedy answers to held-out prompts: reward, gold, length, share that stop; some shown."""
     mine = prompts[d.rank::d.world_size]
     batch = rollout(policy, mine, [0] * len(mine), reward, enc, cfg, d, temperature=0)
-    values = dict(val_reward=batch["scores"].mean().item(),
-                  val_gold=batch["gold"].nanmean().item(),
-                  val_length=batch["mask"].sum(1).mean().item(),
-                  val_stopped=batch["stopped"].mean().item())
+    values = dict(val_reward=batch["scores"], val_gold=batch["gold"],
+                  val_length=batch["mask"].sum(1), val_stopped=batch["stopped"])
     shown = "".join(f"\n    {p['messages'][-1]['content'][-80:]!r} -> {text!r} "
                     f"({score:.2f})" for p, text, score in
                     list(zip(mine, batch["texts"], batch["scores"].tolist()))[:3])
@@ -502,14 +501,15 @@ def main(cfg):
             if cfg.whiten_rewards:
                 rewards = whiten(rewards, mask, d, shift=False)
             advantages, returns = gae(rewards, batch["old_values"], mask, cfg.gamma, cfg.gae_lambda)
-            values["explained_variance"] = explained_variance(batch["old_values"], returns, mask)
-            values["advantage_std"] = masked_mean(advantages.square(), mask).sqrt().item()
+            values["explained_variance"] = explained_variance(batch["old_values"], returns,
+                                                              mask, d)
+            values["advantage_std"] = moments(advantages, mask, d)[1] ** 0.5
             advantages = whiten(advantages, mask, d)
         else:
             per_answer = group_advantages(scores, group_size, cfg.advantage)
             advantages = per_answer[:, None] * mask
             least, most = scores.view(-1, group_size).aminmax(dim=1)
-            values["zero_variance"] = (least == most).float().mean().item()
+            values.update(spread(dict(zero_variance=(least == most).float()), d))
 
         # updates
         sums, skipped = torch.zeros(6, dtype=torch.float64), 0    # see names below
@@ -578,11 +578,10 @@ def main(cfg):
         names = ("policy_loss", "kl_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
         values.update(zip(names, (sum_over_ranks(sums, d) / n_updates).tolist()))
         values.update(spread(dict(
-            reward=scores.mean().item(), reward_std=scores.std().item(),
-            gold=batch["gold"].nanmean().item(), kl=(kl * mask).sum(1).mean().item(),
-            k3=masked_mean(k3(batch["old_logprobs"], batch["ref_logprobs"]), mask).item(),
-            entropy=masked_mean(batch["entropy"], mask).item(),
-            length=mask.sum(1).mean().item(), stopped=batch["stopped"].mean().item()), d))
+            reward=scores, gold=batch["gold"], kl=(kl * mask).sum(1),
+            k3=k3(batch["old_logprobs"], batch["ref_logprobs"])[mask > 0],
+            entropy=batch["entropy"][mask > 0], length=mask.sum(1), stopped=batch["stopped"]), d))
+        values["reward_std"] = moments(scores, torch.ones_like(scores), d)[1] ** 0.5
         if cfg.kl_target:
             state["kl_coef"] = adapt_kl_coef(state["kl_coef"], values["kl"], cfg.kl_target,
                                              cfg.batch_size, cfg.kl_horizon)

@@ -363,6 +363,9 @@ def test_user_errors_are_one_line(base, data, tmp_path):
     assert "is a reward model" in change(init=save(tmp_path / "judge.pt", judge()))
     assert "no such layer" in change(lora_rank=2, lora_targets=["q"])
     assert "too few" in change(data=[write(tmp_path / "one.jsonl", [dict(prompt="a", completion="b")])])
+    mine = demonstrations(tmp_path / "mine.jsonl")    # the log would be written over it
+    assert "choose another --out" in change(data=[mine], out=str(tmp_path / "mine.pt"))
+    assert len(m.read_rows([mine])) == 40
     assert "no row is usable" in change(data=[write(tmp_path / "none.jsonl", [dict(messages=ASKED[:1])])])
     sft.main(cfg)
     assert "--lora_rank" in change(resume=True, lora_rank=2)

@@ -1495,7 +1495,8 @@ border-collapse:collapse; width:100%;font-variant-numeric:tabular-nums}th,td{pad
 text-align:right;border-top:1px solid var(--edge);white-space:nowrap}tr:first-child>*{border-top:0}
 th:first-child,td:first-child{ text-align:left;position:sticky;left:0;background:var(--card);
 min-width:15em;white-space:normal} th{padding-top:14px}.better{color:var(--good)}.worse{
-color:var(--bad)}.text td,.text th{text-align:left; white-space:normal;vertical-align:top;
+color:var(--bad)}.values td:nth-child(n+4){min-width:8.5em}
+.text td,.text th{text-align:left;white-space:normal;vertical-align:top;
 min-width:14em}.charts{display:grid;gap:14px;
 grid-template-columns: repeat(auto-fill,minmax(min(100%,340px),1fr))}figure{margin:0;padding:12px;
 border:1px solid var(--edge); border-radius:10px;background:var(--card)}figcaption{font-weight:600}
@@ -1505,7 +1506,9 @@ stroke-linejoin:round}figure p{font-size:13px}i{ display:inline-block;width:10px
 border-radius:3px;margin:0 5px 0 12px}.mark{font-size:12px; border-radius:8px;padding:1px 7px;
 margin-left:6px;border:1px solid} @media(max-width:640px){body{padding:14px 10px 40px;
 font-size:14px}th,td{padding:4px 8px}th:first-child, td:first-child{min-width:9.5em;
-max-width:9.5em}.text td{min-width:11em}}
+max-width:9.5em}.text td{min-width:11em}
+.values tr>:nth-child(2),.values tr>:nth-child(3){display:none}}
+summary{cursor:pointer;margin:10px 4px}
 """ + "".join(f".c{i}{{fill:var(--c{i});stroke:var(--c{i});background:var(--c{i})}}"
               f"path.c{i}{{fill:none}}" for i in range(6))
 
@@ -1531,9 +1534,9 @@ def gate_html(name, g):
 
 
 def table_html(rows, names):
-    body, family = [], ""
+    body = []
     for r in rows:
-        if r["family"] != family:
+        if not body or r["family"] != family:
             family = r["family"]
             head = [FAMILIES[family], "<small>chance</small>", "<small>items</small>",
                     *map(escape, names)]
@@ -1549,9 +1552,7 @@ def table_html(rows, names):
                          f'<small>±{half(v, r["unit"])}</small></td>' if v else
                          "<small>&ndash;</small>")
         body.append(cells)
-    return ("<h2>Side by side</h2><p>Per cent where no other unit is named, with half of a 95 % "
-            "interval. Green and &#9650;: surely better than the language model to the left; red "
-            "and &#9660;: surely worse; the rest may be chance.</p>" + grid([], body))
+    return grid([], body, "values")
 
 
 def samples_html(report, names):
@@ -1596,7 +1597,13 @@ def page(report, ledger):
         f"{escape(n)}: {escape(c['stage'])}, step {c['step']:,}, {c['parameters']:,} parameters"
         for n, c in checkpoints.items()) + "</p>"]
     out += [gate_html(name, g) for name, g in report["gate"].items()]
-    out.append(table_html(report["metrics"], names))
+    rows = report["metrics"]
+    out.append("<h2>Side by side</h2><p>Per cent where no other unit is named, with half of a 95 % "
+               "interval. Green and &#9650;: surely better than the language model to the left; "
+               "red and &#9660;: surely worse; the rest may be chance.</p>"
+               + table_html([r for r in rows if r["family"] != "detail"], names)
+               + "<details><summary>In detail</summary>"
+               + table_html([r for r in rows if r["family"] == "detail"], names) + "</details>")
     for title, charts in (
             ("How each stage learned", "".join(log_charts(n, checkpoints[n]["path"], i % 5)
                                                for i, n in enumerate(names))),

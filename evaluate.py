@@ -156,8 +156,9 @@ def grade(row, text):
     """
     said = plain(text)
     answers, expect = row.get("answer", []), row.get("expect", "answer")
-    if isinstance(answers, str):    # GSM8K: the worked solution
-        answers = [f"#### {extract(answers)}"]
+    if isinstance(answers, str):    # one, or GSM8K's worked solution
+        worked = "question" in row or "####" in answers
+        answers = [f"#### {extract(answers)}" if worked else answers]
     abstained = ABSTAIN.search(said) is not None
     refused = REFUSE.search(said[:200]) is not None
     invalid = not re.search(r"\w", said) or DEGENERATE.search(said) is not None
@@ -503,7 +504,7 @@ def read_file(path):
         if path.suffix == ".txt":
             return [(1, dict(text=path.read_text("utf-8")))]
         if path.suffix == ".csv":
-            rows = list(csv.reader(path.open(encoding="utf-8", newline="")))
+            rows = list(csv.reader(path.open(encoding="utf-8-sig", newline="")))
             if rows and len(rows[0]) == 6 and rows[0][5] in "ABCD":    # MMLU has no header
                 return [(i, dict(question=r[0], choices=r[1:5], answer=r[5]))
                         for i, r in enumerate(rows, 1)]
@@ -568,10 +569,15 @@ def read_tasks(cfg):
 
 def only_names(paths):
     """Reports call files by their names without folder and suffix; two of one name would merge."""
-    for name, n in Counter(Path(p).stem for p in paths).items():
+    paths = list(paths)
+    for name, n in Counter(map(stem, paths)).items():
         if n > 1:
             fail(f"{n} files are called {name}; rename them")
     return paths
+
+
+def stem(path):
+    return Path(path).stem
 
 
 def read_shots(cfg):
@@ -603,7 +609,7 @@ def open_model(path, cfg, d, use=""):
     scores = isinstance(model, ScalarHead)
     if scores and use:
         fail(f"{path} is a reward model; {use} needs a language model")
-    return dict(name=Path(path).stem, path=str(path), stage=checkpoint.get("stage", ""), cut=0,
+    return dict(name=stem(path), path=str(path), stage=checkpoint.get("stage", ""), cut=0,
                 step=checkpoint.get("step", 0), model=model.eval(), enc=enc, scores=scores)
 
 
@@ -814,12 +820,14 @@ def score_chat(lm, task, cfg, d):
     """Ask, grade by rules, and note how sure the model was: exp of the mean log p of its tokens."""
     from prepare import scrub
     enc, rows, k, (pool, n) = lm["enc"], task["rows"], cfg.samples, read_shots(cfg)
+    stop = enc._special_tokens[IM_END]    # stands for a reply that is empty
     bare = "plain" in rows[0] and lm["stage"] == "pretrain"    # GSM8K of a model that does not chat
     asked = [enc.encode_ordinary(shots(r, pool, n) + r["plain"]) if bare else
              chat_prompt(lm, r["prompt"], cfg) for r in rows]
     found = replies(lm, [a for a in asked for _ in range(k)], [
         seed_of(cfg, r["id"], i) for r in rows for i in range(k)], cfg, d)
-    logps = loglikelihoods(lm, [(a, found[i * k][0] or [0]) for i, a in enumerate(asked)], cfg, d)
+    first = [(a, found[i * k][0] or [stop]) for i, a in enumerate(asked)]
+    logps = loglikelihoods(lm, first, cfg, d)
     items = []
     for i, (row, (logp, _)) in enumerate(zip(rows, logps)):
         texts = [enc.decode(ids) for ids, _ in found[i * k:i * k + k]]
@@ -1063,7 +1071,7 @@ def measure(metric, items, seed=1):
             low, high = wilson(sum(xs), len(xs))
         else:
             groups = [g for g in groups if len(g) > 1]
-            error = pooled_error([(std_error(g), len(g)) for g in groups]) if groups else 0.0
+            error = pooled_error([(std_error(g), len(g)) for g in groups]) if groups else math.inf
             low, high = value - 1.96 * error, value + 1.96 * error
     elif how == "bpb" and rows:
         _, error = ratio_error([r["nats"] / math.log(2) for r in rows], [r["bytes"] for r in rows])
@@ -1143,26 +1151,19 @@ def incomparable(old, new):
                                       if name in new["tasks"] else "is missing")
 
 
-def run_gate(report, listed, cfg):
-    """{checkpoint: dict(against, rows)}: each language model against one of an older report."""
+def read_old(report, cfg):
+    """(path, NAME of --compare, items of the old report's language models by name)."""
     path, _, name = cfg.compare.rpartition(":")
     path, name = (cfg.compare, "") if Path(cfg.compare).exists() or not path else (path, name)
     try:
         old = json.loads(Path(path).read_text("utf-8"))
-        speakers = [n for n, c in old["checkpoints"].items() if not c["scores"]]
         why = incomparable(old, report)
+        items = {n: old["items"][n] for n, c in old["checkpoints"].items() if not c["scores"]}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         fail(f"--compare {path} is not a report of evaluate.py ({type(e).__name__})")
     if why:
         fail(f"{path} and this run cannot be compared: {why}")
-    result = {}
-    for new in [n for n, c in report["checkpoints"].items() if not c["scores"]]:
-        against = name or (speakers[0] if len(speakers) == 1 else new)
-        if against not in speakers:
-            fail(f"--compare {path} holds {', '.join(speakers)}; name one: --compare {path}:NAME")
-        result[new] = dict(against=against, rows=gate(listed, old["items"][against],
-                                                      report["items"][new], cfg))
-    return result
+    return path, name, items
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1324,7 +1325,7 @@ def monitor(cfg, d):
             changed=sum(plain(a) != plain(b) for a, b in zip(texts[0], texts[-1])) / n))
     changed = [dict(prompt=m, old=a, new=b) for m, a, b in zip(prompts, *texts)
                if plain(a) != plain(b)]
-    print0(f"{n} prompts".ljust(26) + "".join(f"{Path(p).stem[:13]:>14}" for p in cfg.init)
+    print0(f"{n} prompts".ljust(26) + "".join(f"{stem(p)[:13]:>14}" for p in cfg.init)
            + "change".rjust(14))
     for k in drift[0]:
         a, b = drift[0][k], drift[1][k]
@@ -1350,13 +1351,13 @@ def number(x, unit):
 
 
 def half(v, unit):
-    return number((v["high"] - v["low"]) / 2, unit)
+    return "" if v["low"] is None else "±" + number((v["high"] - v["low"]) / 2, unit)
 
 
 def table(listed, items, cfg):
     """[dict(name, family, unit, chance, values {checkpoint: measure}, change {checkpoint: ..})].
 
-    change: "better" or "worse" than the language model before, where paired 95 % bounds say so."""
+    change: "better" or "worse" than the language model before, where a paired test says so."""
     rows = []
     for m in listed:
         values, change, before = {}, {}, None
@@ -1364,9 +1365,9 @@ def table(listed, items, cfg):
             if found := measure(m, items[name], cfg.seed):
                 values[name] = found
                 if before and m["better"] and m["how"] in ("mean", "bpb"):
-                    drop, error, _ = drop_of(m, items[before], items[name])
-                    change[name] = ("worse" if drop > 1.96 * error else
-                                    "better" if -drop > 1.96 * error else "")
+                    drop, _, d = drop_of(m, items[before], items[name])
+                    sure = len(d) and p_value(d, cfg.seed) < 0.05
+                    change[name] = ("worse" if drop > 0 else "better") if sure else ""
                 before = name
         if values:
             rows.append({k: m[k] for k in ("name", "family", "unit", "chance")}
@@ -1385,7 +1386,7 @@ def print_table(rows, names):
         line += f"{max(v['n'] for v in r['values'].values()):>6}"
         for name in names:
             v, sign = r["values"].get(name), {"better": "+", "worse": "!"}
-            cell = f"{number(v['value'], r['unit'])} ±{half(v, r['unit']):<5}" if v else "-      "
+            cell = f"{number(v['value'], r['unit'])} {half(v, r['unit']):<6}" if v else "-      "
             line += f"{cell + sign.get(r['change'].get(name), ' '):>16}"
         print0(line)
     print0("\nper cent where no other unit is named; ± half of a 95 % interval; + surely better "
@@ -1495,7 +1496,8 @@ border-collapse:collapse; width:100%;font-variant-numeric:tabular-nums}th,td{pad
 text-align:right;border-top:1px solid var(--edge);white-space:nowrap}tr:first-child>*{border-top:0}
 th:first-child,td:first-child{ text-align:left;position:sticky;left:0;background:var(--card);
 min-width:15em;white-space:normal} th{padding-top:14px}.better{color:var(--good)}.worse{
-color:var(--bad)}.text td,.text th{text-align:left; white-space:normal;vertical-align:top;
+color:var(--bad)}.values td:nth-child(n+4){min-width:8.5em}
+.text td,.text th{text-align:left;white-space:normal;vertical-align:top;
 min-width:14em}.charts{display:grid;gap:14px;
 grid-template-columns: repeat(auto-fill,minmax(min(100%,340px),1fr))}figure{margin:0;padding:12px;
 border:1px solid var(--edge); border-radius:10px;background:var(--card)}figcaption{font-weight:600}
@@ -1505,7 +1507,9 @@ stroke-linejoin:round}figure p{font-size:13px}i{ display:inline-block;width:10px
 border-radius:3px;margin:0 5px 0 12px}.mark{font-size:12px; border-radius:8px;padding:1px 7px;
 margin-left:6px;border:1px solid} @media(max-width:640px){body{padding:14px 10px 40px;
 font-size:14px}th,td{padding:4px 8px}th:first-child, td:first-child{min-width:9.5em;
-max-width:9.5em}.text td{min-width:11em}}
+max-width:9.5em}.text td{min-width:11em}
+.values tr>:nth-child(2),.values tr>:nth-child(3){display:none}}
+summary{cursor:pointer;margin:10px 4px}
 """ + "".join(f".c{i}{{fill:var(--c{i});stroke:var(--c{i});background:var(--c{i})}}"
               f"path.c{i}{{fill:none}}" for i in range(6))
 
@@ -1546,12 +1550,10 @@ def table_html(rows, names):
             arrow = {"better": "&#9650;&nbsp;", "worse": "&#9660;&nbsp;"}.get(change, "")
             cells.append(f'<td class="{change}" style="background:linear-gradient(90deg,var(--bar) '
                          f'{share:.0f}%,transparent 0)">{arrow}{number(v["value"], r["unit"])} '
-                         f'<small>±{half(v, r["unit"])}</small></td>' if v else
+                         f'<small>{half(v, r["unit"])}</small></td>' if v else
                          "<small>&ndash;</small>")
         body.append(cells)
-    return ("<h2>Side by side</h2><p>Per cent where no other unit is named, with half of a 95 % "
-            "interval. Green and &#9650;: surely better than the language model to the left; red "
-            "and &#9660;: surely worse; the rest may be chance.</p>" + grid([], body))
+    return grid([], body, "values")
 
 
 def samples_html(report, names):
@@ -1596,7 +1598,13 @@ def page(report, ledger):
         f"{escape(n)}: {escape(c['stage'])}, step {c['step']:,}, {c['parameters']:,} parameters"
         for n, c in checkpoints.items()) + "</p>"]
     out += [gate_html(name, g) for name, g in report["gate"].items()]
-    out.append(table_html(report["metrics"], names))
+    rows = report["metrics"]
+    out.append("<h2>Side by side</h2><p>Per cent where no other unit is named, with half of a 95 % "
+               "interval. Green and &#9650;: surely better than the language model to the left; "
+               "red and &#9660;: surely worse; the rest may be chance.</p>"
+               + table_html([r for r in rows if r["family"] != "detail"], names)
+               + "<details><summary>In detail</summary>"
+               + table_html([r for r in rows if r["family"] == "detail"], names) + "</details>")
     for title, charts in (
             ("How each stage learned", "".join(log_charts(n, checkpoints[n]["path"], i % 5)
                                                for i, n in enumerate(names))),
@@ -1644,7 +1652,7 @@ def chain(cfg):
 
 def speakers(cfg):
     """The same without the chain's reward model, which has nothing to say."""
-    return cfg.init and chain(cfg) or [p for p in chain(cfg) if Path(p).stem != "reward"]
+    return cfg.init and chain(cfg) or [p for p in chain(cfg) if stem(p) != "reward"]
 
 
 def rounded(x):
@@ -1711,6 +1719,8 @@ def main(cfg):
     d = setup(cfg.seed, cfg.precision)
     if cfg.samples > 1 and not cfg.temperature:
         fail("--samples above 1 needs a --temperature above 0")
+    if d.world_size > 1 and (cfg.chat or cfg.rate):
+        fail("--chat and --rate are for one person and one process")
     if cfg.chat or cfg.rate or cfg.monitor:
         return (chat if cfg.chat else rate if cfg.rate else monitor)(cfg, d)
     paths, tasks, started = chain(cfg), read_tasks(cfg), time.perf_counter()
@@ -1723,9 +1733,15 @@ def main(cfg):
         t["name"]: {k: t[k] for k in ("form", "kind", "hash", "limited", "chance")}
         | dict(n=len(t["rows"])) for t in tasks}, checkpoints={}, items={})
 
-    judge = None
+    old_path, old_name, old = read_old(report, cfg) if cfg.compare else ("", "", {})
+
+    judge, against = None, {}
     for path in paths:
         lm, began = open_model(path, cfg, d), time.perf_counter()
+        if cfg.compare and not lm["scores"]:
+            name = against[lm["name"]] = old_name or (list(old) * (len(old) == 1) + [lm["name"]])[0]
+            if name not in old:
+                fail(f"{old_path} holds {', '.join(old)}; name one: --compare {old_path}:NAME")
         items = report["items"][lm["name"]] = {
             t["name"]: SCORERS[t["kind"]](lm, t, cfg, d) for t in tasks
             if t["kind"] == "preference" or not lm["scores"]}
@@ -1753,7 +1769,8 @@ def main(cfg):
     report["metrics"] = table(listed, report["items"], cfg)
     found, share = leaks(tokens, manifest, cfg) if manifest else ({}, 0.0)
     report["contamination"] = contamination(tasks, listed, report["items"], found)
-    report["gate"] = rounded(run_gate(report, listed, cfg)) if cfg.compare else {}
+    report["gate"] = rounded({n: dict(against=a, rows=gate(listed, old[a], report["items"][n], cfg))
+                              for n, a in against.items()})
 
     print_table(report["metrics"], list(report["items"]))
     for t, c in report["contamination"].items():

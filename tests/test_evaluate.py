@@ -69,6 +69,8 @@ def write_rows(path, rows):
     (dict(answer=["#### 14"]), "40 - 26 = 14. #### 14", 1, True),
     (dict(answer=["#### 14"]), "It is 14.", 0, False),
     (dict(answer=["#### 14"]), "#### 140", 0, False),
+    (dict(answer="Paris"), "It is paris, of course.", 1, True),
+    (dict(answer=["Paris", "Lutetia"]), "It is Parish.", 0, False),
     (dict(question="?", answer="6 * 3 = <<6*3=18>>18\n#### 1,018"), "So #### 1018.", 1, True),
 ])
 def test_grade(row, text, score, correct):
@@ -630,6 +632,7 @@ def test_incomparable_runs_are_refused(world, report):
     assert "task" in error(run, world, world / "x", "sft", compare=old, limit=1)
     assert "missing" in error(run, world, world / "x", "sft", compare=old, tasks=[str(world / "tasks/facts.jsonl")])
     assert "not a report" in error(run, world, world / "x", "sft", compare=str(world / "sft.pt"))
+    assert not (world / "x").exists()    # and nobody waited for it
 
 
 def test_wrong_checkpoints_are_refused(world, tmp_path):

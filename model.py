@@ -1445,60 +1445,49 @@ def write_safetensors(path, tensors, dtype):
 
 def model_card(checkpoint, path, public, size):
     """README.md of an exported model: what a stranger must know, as far as the checkpoint knows."""
-    steps = lineage(checkpoint)
-    texts = [source for step in steps for source in step["data"]]
-    licences = Counter()
-    for text in texts:
+    steps, data, licences = lineage(checkpoint), [], set()
+    for text in (text for step in steps for text in step["data"]):
         for source in text["sources"] or ():
-            licences.update(source.get("licences", {}))
-    licence = next(iter(licences)) if len(licences) == 1 else "other"
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation",
-             f"license: {json.dumps(licence.lower())}", "tags:",
-             *(f"- {step['stage']}" for step in steps), "---", f"# {Path(path).stem}", "", f"A {public['architectures'][0]} of {size:,} parameters: "
-             f"{public['num_hidden_layers']} layers x {public['hidden_size']}, context "
-             f"{public['max_position_embeddings']} tokens, {public['vocab_size']:,} tokens in the "
-             f"vocabulary. Made by: {', '.join(step['stage'] for step in steps)}.", "",
-             "Chats are ChatML (see the template in tokenizer_config.json); a turn ends with "
-             "`<|im_end|>`, a text with the end-of-text token. No token stands before a text.", "",
-             "## What it was trained on", ""]
-    for text in texts:
-        for source in text["sources"] or ():
-            found = ", ".join(f"{k} ({n})" for k, n in source.get("licences", {}).items())
-            lines.append(f"- `{source['input']}`: {source['documents']:,} documents read, "
-                         f"{source['epochs']:g} epochs; licences stated in it: {found or 'none'}")
-        dropped = ", ".join(f"{k} {n:,}" for k, n in text["dropped"].items())
-        lines += [f"- {text['tokens']['train']:,} tokens of training text; dropped documents: "
-                  f"{dropped or 'none'}; newest date found (knowledge cutoff): "
-                  f"{text['knowledge_cutoff'] or 'unknown'}"]
-    lines += ["Unknown: the checkpoint does not say."] * (not texts) + ["", "## Stages", ""]
-    for step in steps:
-        settings = ", ".join(f"{k} {v}" for k, v in step["settings"].items() if v not in ("", None))
-        lines += [f"- **{step['stage']}**, {step['step']:,} steps. {settings}"]
-    lines += ["", "## Evaluation", "", *evaluation_table(Path(path)), "", "## Known weaknesses", "",
-              "It invents facts fluently, more so the smaller it is; it knows nothing after its "
-              "training text; refusals and admissions of ignorance are habits of style that a new "
-              "wording can break. Text in a chat that looks like a control token is read as one by "
-              "transformers, though not here. Try it on your own cases before relying on it.", ""]
-    return "\n".join(lines)
+            stated = source.get("licences", {})
+            licences |= stated.keys()
+            data.append(f"- `{source['input']}`: {source['documents']:,} documents, "
+                        f"{source['epochs']:g} epochs; licences stated: "
+                        + (", ".join(f"{k} ({n:,})" for k, n in stated.items()) or "none"))
+        dropped = ", ".join(f"{k} {n:,}" for k, n in text["dropped"].items()) or "none"
+        data.append(f"- {text['tokens']['train']:,} tokens; newest date (knowledge cutoff): "
+                    f"{text['knowledge_cutoff'] or 'unknown'}; documents dropped: {dropped}")
+    stages = [f"- **{step['stage']}**, {step['step']:,} steps: `{json.dumps(step['settings'])}`"
+              for step in steps]
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "license: "
+        + json.dumps(min(licences).lower() if len(licences) == 1 else "other"), "tags:",
+        *(f"- {step['stage']}" for step in steps), "---", f"# {Path(path).stem}", "",
+        f"A {public['architectures'][0]} of {size:,} parameters, {public['num_hidden_layers']} "
+        f"layers x {public['hidden_size']}, context {public['max_position_embeddings']:,} tokens, "
+        f"vocabulary {public['vocab_size']:,}; stages: {', '.join(s['stage'] for s in steps)}. Chats "
+        "are ChatML (the template is in tokenizer_config.json); no token stands before a text.", "",
+        "## Training data", "", *(data or ["The checkpoint does not say."]), "", "## Stages", "",
+        *stages, "", "## Evaluation", "", *evaluation_table(Path(path)), "", "## Weaknesses", "",
+        "It invents facts fluently, the more so the smaller it is, and knows nothing after its "
+        "training text; refusals and admissions of ignorance are habits that a new wording can "
+        "break. What looks like a control token in a chat is one to transformers, though not to "
+        "the code it was trained with. Try it on your own cases before you rely on it.", ""])
 
 
 def evaluation_table(path):
-    """Lines about this checkpoint from the report.json of evaluate.py that lies beside it."""
+    """Lines about this checkpoint from the report that evaluate.py wrote beside it."""
     file = path.parent / "report" / "report.json"
     report = read_json(file) if file.exists() else {}
-    name = next((name for name, c in report.get("checkpoints", {}).items()
-                 if Path(c["path"]).resolve() == path.resolve()), None)
-    rows = [(row, row["values"][name]) for row in report.get("metrics", [])
-            if name in row["values"]]
-    if not rows:
-        return ["None yet: run `python evaluate.py` and export again."]
+    names = [name for name, c in report.get("checkpoints", {}).items()
+             if Path(c["path"]).resolve() == path.resolve()]
     lines = ["| measure | value | 95 % interval | items |", "|---|---|---|---|"]
-    for row, v in rows:
-        scale = 100 if row["unit"] == "%" else 1
-        value, low, high = (f"{scale * (v[k] or 0):.4g}" for k in ("value", "low", "high"))
-        lines += [f"| {row['name']} ({row['unit']}) | {value} | "
-                  f"{f'{low} to {high}' if v['low'] is not None else '-'} | {v['n']:,} |"]
-    return lines
+    for row in report.get("metrics", []):
+        for v in (row["values"][name] for name in names if name in row["values"]):
+            value, low, high = (f"{(v[k] or 0) * (100 if row['unit'] == '%' else 1):.4g}"
+                                for k in ("value", "low", "high"))
+            lines.append(f"| {row['name']} ({row['unit']}) | {value} | "
+                         f"{'-' if v['low'] is None else f'{low} to {high}'} | {v['n']:,} |")
+    return lines if names else ["None yet: run `python evaluate.py` and export again."]
 
 
 def export_model(path, folder, dtype="float32"):

@@ -84,7 +84,7 @@ def parse_args(Config, argv=None):
     for f in dataclasses.fields(Config):
         kinds = [k for k in typing.get_args(f.type) if k is not types.NoneType]
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        shown = " ".join(default) if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
         shown = "derived" if shown is None else "none" if shown == "" else (
             "yes" if shown is True else "no" if shown is False else shown)
         metavar = {int: "N", float: "X"}.get((kinds or [f.type])[0], f.name.upper())
@@ -432,6 +432,8 @@ def to_turns(value, role):
             return [dict(role=role, content=value)]
         value = [dict(role=who, content=text.strip())
                  for who, text in zip(parts[1::2], parts[2::2])]
+        if len(value) > 1 and not value[-1]["content"]:
+            value.pop()    # the open end, "Assistant:", is where a reply goes
     names = dict(human="user", gpt="assistant", bot="assistant", chatbot="assistant",
                  model="assistant", prompter="user")
     turns = []
@@ -453,7 +455,6 @@ def to_messages(row):
 
     Raises ValueError with the reason where the row is none of these or nothing is said in it.
     """
-    system = [dict(role="system", content=row["system"])] if row.get("system") else []
     if "messages" in row or "conversations" in row:
         turns = to_turns(row.get("messages", row.get("conversations")), "user")
     elif "chosen" in row:
@@ -461,9 +462,9 @@ def to_messages(row):
         turns = [*prompt, dict(role="assistant", content=chosen)]
     elif "instruction" in row:
         ask = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        turns = to_turns(ask, "user") + to_turns(row.get("output", ""), "assistant")
+        turns = one_turn_each(ask, row.get("output", ""))
     elif "question" in row:
-        turns = to_turns(row["question"], "user") + to_turns(row.get("answer", ""), "assistant")
+        turns = one_turn_each(row["question"], row.get("answer", ""))
     elif "prompt" in row:
         reply = row.get("completion", row.get("response", ""))
         turns = to_turns(row["prompt"], "user") + to_turns(reply, "assistant")
@@ -471,18 +472,31 @@ def to_messages(row):
         raise ValueError("none of messages, conversations, instruction, question, prompt in it")
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         raise ValueError("no assistant turn")
-    return turns if turns[0]["role"] == "system" else system + turns
+    return with_system(row, turns)
+
+
+def one_turn_each(question, answer):
+    """Texts that are no transcripts, whatever they look like."""
+    return [dict(role="user", content=question), dict(role="assistant", content=answer)]
+
+
+def with_system(row, turns):
+    """The turns, after the row's own system message if it has one and they do not."""
+    if not row.get("system") or turns[:1] and turns[0]["role"] == "system":
+        return turns
+    return [dict(role="system", content=row["system"]), *turns]
 
 
 def to_prompt(row):
     """The messages an assistant should answer next. Raises ValueError."""
-    if "prompt" in row:
-        turns = to_turns(row["prompt"], "user")
+    talk = [row[key] for key in ("prompt", "messages", "conversations") if key in row]
+    if talk:
+        turns = with_system(row, to_turns(talk[0], "user"))
     else:
         turns = to_messages({"answer": "-", "output": "-", **row})
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
-    if not any(turn["content"].strip() for turn in turns):
+    if not any(turn["content"].strip() for turn in turns if turn["role"] != "system"):
         raise ValueError("empty prompt")
     return turns
 
@@ -511,7 +525,7 @@ def keep_valid(rows, convert, what):
     for row in rows:
         try:
             kept.append(convert(row))
-        except (ValueError, TypeError, AttributeError, KeyError) as e:
+        except (ValueError, TypeError, AttributeError, LookupError) as e:
             why = str(e) if isinstance(e, ValueError) else "not in a known format"
             reasons[why] = reasons.get(why, 0) + 1
     if reasons:
@@ -814,8 +828,9 @@ class ScalarHead(nn.Module):
 
     def forward(self, ids, doc=None):
         """Scores (B, T), float32."""
-        return F.linear(self.gpt.hidden(ids, doc).float(), self.score.weight,
-                        self.score.bias).squeeze(-1)
+        states = self.gpt.hidden(ids, doc).float()
+        with torch.autocast(ids.device.type, enabled=False):    # bf16 would round the scores
+            return self.score(states).squeeze(-1)
 
 
 def at_last(scores, lengths):
@@ -892,6 +907,14 @@ def plain_weights(model):
             if "linear.bias" in parts:
                 weights[f"{name}.bias"] = parts["linear.bias"]
     return weights, adapted or None
+
+
+def load_adapted(model, checkpoint):
+    """For --resume: the adapters and the frozen layers under them, which are merged in `weights`."""
+    ours, saved = plain_weights(model)[1] or {}, checkpoint.get("adapted") or {}
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in saved.items()}:
+        fail("--resume: this run was started with other --lora_rank or --lora_targets")
+    model.load_state_dict(saved, strict=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1029,7 +1052,7 @@ def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
 def lineage(checkpoint):
     """How a checkpoint came about, oldest first: [dict(stage, step, settings, data)]; [] for None.
 
-    A stage keeps that of its --init as state["history"], and what it learned from in state["data"].
+    A stage keeps that of its --init as state["history"], what it learned from in state["data"].
     """
     if checkpoint is None:
         return []
@@ -1464,8 +1487,8 @@ def model_card(checkpoint, path, public, size):
         *(f"- {step['stage']}" for step in steps), "---", f"# {Path(path).stem}", "",
         f"A {public['architectures'][0]} of {size:,} parameters, {public['num_hidden_layers']} "
         f"layers x {public['hidden_size']}, context {public['max_position_embeddings']:,} tokens, "
-        f"vocabulary {public['vocab_size']:,}; stages: {', '.join(s['stage'] for s in steps)}. Chats "
-        "are ChatML (the template is in tokenizer_config.json); no token stands before a text.", "",
+        f"vocabulary {public['vocab_size']:,}; stages: {', '.join(s['stage'] for s in steps)}. "
+        "Chats are ChatML (the template is in tokenizer_config.json); no token starts a text.", "",
         "## Training data", "", *(data or ["The checkpoint does not say."]), "", "## Stages", "",
         *stages, "", "## Evaluation", "", *evaluation_table(Path(path)), "", "## Weaknesses", "",
         "It invents facts fluently, the more so the smaller it is, and knows nothing after its "

@@ -27,19 +27,24 @@ Differs: words are what blanks separate; stop words ignore case; an n-gram repea
 twice; a contaminated document goes whole; languages are told by function words, not by fastText;
 toxic pages by the density of insults, not by one word.
 """
+import functools
+import glob
 import gzip
 import hashlib
 import heapq
 import html
 import http.client
+import importlib
 import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import socket
+import sys
 import time
 import unicodedata
 import urllib.parse
@@ -63,10 +68,14 @@ from model import (ENDOFTEXT, GPT4_SPLIT, encoding_from_dict, encoding_hash, enc
 HERE = Path(__file__).parent
 
 
+def listed(*values):
+    return field(default_factory=lambda: list(values))
+
+
 @dataclass
 class Config:
     # input and output
-    input: list[str] = field(default_factory=lambda: ["data/raw/*"])  # PATH[:WEIGHT] ...
+    input: list[str] = listed("data/raw/*")  # PATH[:WEIGHT] ...
     out: str = "out/tokens"  # folder to write
     downloads: str = "out/downloads"  # where data sets fetched by name are kept
     dropped: bool = False  # also write dropped.jsonl: every dropped document with its reason
@@ -81,9 +90,9 @@ class Config:
     mix_power: float = 1.0  # share of a source: weight x size ^ power; below 1 lifts small ones
     # rules
     clean: bool = True  # --no-clean keeps the text as it is
-    skip: list[str] = field(default_factory=list)  # rules to leave out, as the ledger names them
+    skip: list[str] = listed()  # rules to leave out, as the ledger names them
     web: Literal["auto", "all", "none"] = "auto"  # what to treat as web pages, with all rules
-    languages: list[str] = field(default_factory=lambda: ["en"])  # to keep: en de fr es zh ru ...
+    languages: list[str] = listed("en")  # to keep: en de fr es zh ru ...
     min_language: float = 0.5  # function words of these / (of these + of the best other language)
     min_function_words: float = 0.1  # share of words; below it, text is a list, code or gibberish
     min_words: int = 50  # Gopher
@@ -97,6 +106,8 @@ class Config:
     min_stop_words: int = 2  # Gopher: different ones of the be to of and that have with
     max_repeated: float = 0.3  # Gopher: share of lines, of paragraphs
     max_repeated_chars: float = 0.2  # Gopher: share of characters in such lines, paragraphs
+    top_ngrams: list[float] = listed(.20, .18, .16)  # Gopher: the top 2, 3, 4-gram's characters
+    copied_ngrams: list[float] = listed(.15, .14, .13, .12, .11, .10)  # Gopher: 5 to 10, repeated
     c4_line_words: int = 5  # C4: lines with fewer words are cut out
     c4_sentences: int = 3  # C4: a page needs this many
     c4_end_marks: bool = False  # C4: also cut lines without an end mark (FineWeb does not)
@@ -109,7 +120,7 @@ class Config:
     bands: int = 14  # MinHash: two texts meet if all hashes of one band agree
     rows: int = 8  # MinHash: hashes in a band
     shingle: int = 5  # MinHash: words
-    eval: str = "data/eval"  # evaluation items (.jsonl files) to keep out, or an eval_index.npz
+    eval: str = "data/eval"  # items to keep out: .jsonl files, an eval_index.npz, or none
     eval_words: int = 13  # words in a row that give an item away
     eval_common: int = 10  # what is in more documents than this is a phrase, not a leak
 
@@ -118,22 +129,11 @@ class Config:
 # Ranks: one process, or torchrun's
 
 
-def join():
-    """The process group for exchanging numbers on the CPU, None in one process.
-
-    A stage that has a process group calls prepare on one of its ranks, which then works alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return None
-    dist.init_process_group("gloo")
-    return dist.group.WORLD
-
-
 def gather(x, group):
     """[x of rank 0, x of rank 1, ...] on every rank; also where ranks wait for each other."""
-    if group is None:
-        return [x]
-    every = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, x, group=group)
+    every = [x] * (dist.get_world_size(group) if group else 1)
+    if group:
+        dist.all_gather_object(every, x, group=group)
     return every
 
 
@@ -188,28 +188,27 @@ DATASETS = {    # short name: (address, sha256 where known, licence and size); a
 
 def find_sources(cfg):
     """[(weight, [files])], one for each --input in the order given, its files sorted by name."""
-    sources, unknown = [], []
+    sources = []
     for item in cfg.input:
         m = None if Path(item).exists() else re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", item)
-        path, weight = Path(m[1] if m else item), float(m[2]) if m else 1.0
-        if str(path) in DATASETS and not path.exists():
-            path = download(*DATASETS[str(path)][:2], cfg.downloads)
-        if path.is_file() and file_kind(path) not in READERS:
+        path, weight = (m[1], float(m[2])) if m else (item, 1.0)
+        if not weight:
+            fail(f"--input {item}: a weight is above 0")
+        if path in DATASETS and not Path(path).exists():
+            path = download(*DATASETS[path][:2], cfg.downloads)
+        if Path(path).is_file() and file_kind(Path(path)) not in READERS:
             fail(f"{path}: unknown format; prepare reads {' '.join(READERS)}, also as .gz or .zst")
-        if item in Config().input and not any(Path().glob(item)):
+        elif item in Config().input and not glob.glob(item):
             path = HERE / item    # a run from another folder finds the embedded data
-        matches = [path] if path.exists() else Path(path.anchor).glob(
-            str(path.relative_to(path.anchor)))
-        files = sorted(f for p in matches for f in (p.rglob("*") if p.is_dir() else [p])
-                       if f.is_file() and not f.name.startswith("."))
-        unknown += [f.name for f in files if file_kind(f) not in READERS]
-        files = [f for f in files if file_kind(f) in READERS]
+        found = [path] if Path(path).exists() else glob.glob(str(path), recursive=True)
+        found = [f for p in map(Path, found) for f in (p.rglob("*") if p.is_dir() else [p])]
+        found = sorted(f for f in found if f.is_file() and not f.name.startswith("."))
+        files = [f for f in found if file_kind(f) in READERS]
         if not files:
-            fail(f"--input {item}: no {' '.join(READERS)} file there")
+            fail(f"--input {item}: no {' '.join(READERS)} file there (each also as .gz or .zst)")
+        if len(files) < len(found):
+            print0(f"--input {item}: skipped {len(found) - len(files)} files of unknown format")
         sources.append((weight, files))
-    if unknown:
-        print0(f"skipped {len(unknown)} files of unknown format: {', '.join(unknown[:3])}"
-               + ", ..." * (len(unknown) > 3))
     return sources
 
 
@@ -224,8 +223,8 @@ def plan(sources):
     for source, (_, files) in enumerate(sources):
         for path in files:
             length = path.stat().st_size
-            splits = path.suffix.lower() in (".txt", ".md", ".jsonl")
-            for start in range(0, max(1, length), PART if splits else max(1, length)):
+            step = PART if path.suffix.lower() in SPLITS else max(1, length)
+            for start in range(0, max(1, length), step):
                 if size >= CHUNK:
                     chunks, size = [*chunks, []], 0
                 chunks[-1].append((source, path, start, min(length, start + PART)))
@@ -233,128 +232,117 @@ def plan(sources):
     return chunks
 
 
-def line_start(f, at, limit):
-    """The first line start from byte `at` on; in text without lines, a place between characters."""
+def open_part(path, start, end):
+    """(file, bytes to read of it): all of a compressed file, else from line start to line start."""
+    f, suffix = open(path, "rb"), path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=f), math.inf
+    if suffix == ".zst":
+        zstd = optional("zstandard").ZstdDecompressor()
+        return io.BufferedReader(zstd.stream_reader(f, read_across_frames=True)), math.inf
+    if suffix not in SPLITS:
+        return f, math.inf
+    longest = -1 if suffix == ".jsonl" else 1 << 20
+    return f, line_start(f, end, longest) - line_start(f, start, longest)    # f is at its start now
+
+
+def line_start(f, at, longest):
+    """Go to the first line start from byte `at` on; in text without lines, between characters."""
+    f.seek(max(0, at - 1))
     if at:
-        f.seek(at - 1)
-        f.readline(limit)
+        f.readline(longest)
         while (byte := f.peek(1)[:1]) and byte[0] & 0xC0 == 0x80:
             f.read(1)
-    return f.tell() if at else 0
+    return f.tell()
 
 
-def read_part(path, start, end, cfg, unreadable):
-    """Yield (number, record) of one part of a file; others go to unreadable(number, reason).
+def read_part(path, start, end, cfg):
+    """Yield (number, record, or the reason why it cannot be read) of one part of a file.
 
-    More than 1 % of those is an error, and so is a compressed file that ends early."""
-    seen = bad = 0
-    first = None
+    More than 1 % of the latter is an error, and so is a compressed file that ends early."""
+    seen, bad, first = 0, 0, ""
     try:
-        with open(path, "rb") as f:
-            magic, size = f.read(4), LARGEST + 1
-            f.seek(0)
-            if magic[:2] == b"\x1f\x8b":
-                if start:
-                    return    # a compressed file is read as one part
-                f = gzip.GzipFile(fileobj=f)
-            elif magic == b"\x28\xb5\x2f\xfd":
-                f = io.BufferedReader(optional("zstandard").ZstdDecompressor().stream_reader(
-                    f, read_across_frames=True))
-            elif file_kind(path) in (".txt", ".md", ".jsonl"):
-                limit = -1 if file_kind(path) == ".jsonl" else 1 << 20
-                size = line_start(f, end, limit) - (start := line_start(f, start, limit))
-                f.seek(start)
-            records = READERS[file_kind(path)](f, size, cfg)
-            for number, (place, record) in enumerate(records):
+        f, size = open_part(path, start, end)
+        with f:
+            for number, record in enumerate(READERS[file_kind(path)](f, size, cfg)):
+                if record is None:
+                    continue    # a blank line
                 seen += 1
-                if isinstance(record, dict):
-                    yield number, record
-                    continue
-                bad, first = bad + 1, first or f"{place}: {record}"
-                unreadable(number, record)
-                if bad > 100 and bad > 0.01 * seen:
-                    break
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        fail(f"{path}: damaged gzip after {seen} documents ({e}); fetch the file again")
+                if isinstance(record, str):
+                    bad, first = bad + 1, first or f"{number + 1}: {record}"
+                    if bad > 100 and bad > 0.01 * seen:
+                        break
+                yield number, record
+    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile,
+            getattr(sys.modules.get("zstandard"), "ZstdError", EOFError)) as e:
+        fail(f"{path}: damaged after {seen} documents ({e}); fetch the file again")
     if bad > 0.01 * seen:
         fail(f"{path}{f' from byte {start}' if start else ''}: {bad} of {seen} records cannot be "
-             f"read, the first at {first}")
+             f"read, the first is {'line' if file_kind(path) == '.jsonl' else 'record'} {first}")
 
 
 def optional(package):
     try:
-        return __import__(package, fromlist=["x"])
+        return importlib.import_module(package)
     except ImportError:
         fail(f"this file needs a package: pip install {package.split('.')[0]}")
 
 
 def decode(data, charset=""):
-    """(text, how many byte sequences were invalid and became U+FFFD)"""
-    charset = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else charset
-    for name in ("utf-8", charset or "utf-8"):
+    """Text of bytes; U+FFFD stands for what is invalid."""
+    for name in ("utf-8", "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else charset):
         try:
-            return data.decode(name), 0
-        except (UnicodeDecodeError, LookupError):
+            return data.decode(name)
+        except (UnicodeDecodeError, LookupError):    # not in it, or no such one
             continue
-    text = data.decode("utf-8", errors="replace")
-    return text, text.count("\ufffd")
+    return data.decode("utf-8", errors="replace")
 
 
-def record_of(text, broken, kind, **origin):
-    if broken > 0.1 * len(text):
-        return "not UTF-8 text"
-    return dict(text=text, broken=broken, kind=kind, **origin)
+def record_of(text, kind, **origin):
+    broken = text.count("\ufffd")
+    return "not UTF-8 text" if broken > 0.1 * len(text) else dict(text=text, kind=kind, **origin)
 
 
 def read_txt(f, size, cfg):
-    data = f.read(size)
+    data = f.read(min(size, LARGEST + 1))
     if len(data) > LARGEST or data[:2] == b"\x1f\x8b":
-        yield "its start", "too large unpacked" if len(data) > LARGEST else "gzip inside gzip"
+        yield "too large unpacked" if len(data) > LARGEST else "gzip inside gzip"
         return
-    text, broken = decode(data)
-    blocks = re.split(r"\n(?:[ \t\r]*\n)+", text) if cfg.blocks else [text]
-    for number, block in enumerate(blocks):
-        yield f"block {number + 1}", record_of(block, broken and block.count("\ufffd"), TEXT)
+    text = decode(data)
+    for block in re.split(r"\n(?:[ \t\r]*\n)+", text) if cfg.blocks else [text]:
+        yield record_of(block, TEXT)
 
 
 def read_jsonl(f, size, cfg):
-    size = size if size <= LARGEST else 1 << 62    # what is unpacked has no known size
-    for number in itertools.count(1):
-        line = f.readline(LARGEST) if size > 0 else b""
-        if not line:
-            return
+    while size > 0 and (line := f.readline(LARGEST)):
         size -= len(line)
-        text, broken = decode(line)
+        text = decode(line)
         try:
-            if text.strip():
-                yield f"line {number}", row_record(json.loads(text), broken)
+            yield row_record(json.loads(text)) if text.strip() else None
         except (ValueError, RecursionError):
-            yield f"line {number}", "not JSON"
+            yield "not JSON"
 
 
 def read_json(f, size, cfg):
-    text, broken = decode(f.read(LARGEST))
     try:
-        rows = json.loads(text)
+        rows = json.loads(decode(f.read(LARGEST)))
     except (ValueError, RecursionError) as e:
-        yield "its start", f"not JSON ({e}); a file with one object a line is named .jsonl"
+        yield f"not JSON ({e}); a file with one object a line is named .jsonl"
         return
     if isinstance(rows, dict):
         rows = next((v for v in rows.values() if isinstance(v, list)), [rows])
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        yield f"item {number + 1}", row_record(row, 0)
+    yield from map(row_record, rows if isinstance(rows, list) else [rows])
 
 
 def read_parquet(f, size, cfg):
-    batches = optional("pyarrow.parquet").ParquetFile(f).iter_batches(1000)
-    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-        yield f"row {number + 1}", row_record(row, 0)
+    for batch in optional("pyarrow.parquet").ParquetFile(f).iter_batches(1000):
+        yield from map(row_record, batch.to_pylist())
 
 
-def row_record(row, broken):
+def row_record(row):
     """The text of a row: plain text, a question with its answer, or a chat; and its origin."""
     if isinstance(row, str):
-        return record_of(row, broken, TEXT)
+        return record_of(row, TEXT)
     if not isinstance(row, dict):
         return "neither an object nor text"
     for names in TEXT_FIELDS:
@@ -362,7 +350,7 @@ def row_record(row, broken):
         if all(v is not None for v in values):
             text = "\n".join(filter(None, map(flatten, values)))
             origin = {k: row[k] for k in ("url", "date", "license") if isinstance(row.get(k), str)}
-            return record_of(text, broken, TEXT if names in ("text", "content") else ROW, **origin)
+            return record_of(text, TEXT if names in ("text", "content") else ROW, **origin)
     return f"no text (fields: {', '.join(map(str, list(row)[:5]))})"
 
 
@@ -376,61 +364,51 @@ def flatten(value):
 
 
 def read_html(f, size, cfg):
-    yield "its start", html_record(f.read(LARGEST))
+    yield html_record(f.read(LARGEST))
 
 
 def html_record(data, charset="", **origin):
     found = re.search(rb"charset=[\"']?([\w-]{1,40})", data[:2048])
-    page, broken = decode(data, charset or (found[1].decode() if found else ""))
-    text = main_text(page)
-    return record_of(text, broken and text.count("\ufffd"), PAGE, **origin)
+    page = decode(data, charset or (found[1].decode() if found else ""))
+    return record_of(main_text(page), PAGE, **origin)
 
 
 def read_warc(f, size, cfg):
     """WARC 1.x and WET (ISO 28500): web pages, and pages that were already turned into text."""
-    for number in itertools.count(1):
-        line = f.readline(1 << 16)
-        while line and not line.startswith(b"WARC/"):    # blank, or lost after a wrong length
-            line = f.readline(1 << 16)
-        if not line:
-            return
+    for line in iter(lambda: f.readline(1 << 16), b""):
+        if not line.startswith(b"WARC/"):
+            continue    # blank, or lost after a wrong length
         headers = read_headers(f)
         kind, length = headers.get("warc-type"), headers.get("content-length", "")
         length = int(length) if re.fullmatch(r"\d{1,12}", length) else LARGEST + 1
         block = f.read(length) if length <= LARGEST else b""
         if len(block) < length or f.read(4) != b"\r\n\r\n":
-            yield f"record {number}", "wrong Content-Length"
+            yield "wrong Content-Length"
             continue
         origin = dict(url=headers.get("warc-target-uri", ""), date=headers.get("warc-date", ""))
         if kind == "conversion":
-            yield f"record {number}", record_of(*decode(block), PAGE, **origin)
+            yield record_of(decode(block), PAGE, **origin)
         elif kind == "response":
             body, form = http_body(block)
-            html_start = body[:500].lstrip().lower().startswith((b"<!doctype", b"<html"))
-            if "html" in form or html_start:
+            if "html" in form or body[:500].lstrip().lower().startswith((b"<!doctype", b"<html")):
                 found = re.search(r"charset=([\w-]+)", form)
-                yield f"record {number}", html_record(body, found[1] if found else "", **origin)
+                yield html_record(body, found[1] if found else "", **origin)
 
 
 def read_headers(f):
     """`Name: value` up to a blank line; names ignore case, a leading blank continues a value."""
-    headers, name = {}, None
-    while (line := f.readline(1 << 16).decode("utf-8", "replace")).strip():
-        if line[0] in " \t" and name:
-            headers[name] += " " + line.strip()
-        else:
-            name, _, value = line.partition(":")
-            name = name.strip().lower()
-            headers[name] = value.strip()
-    return headers
+    lines = iter(lambda: f.readline(1 << 16).decode("utf-8", "replace").rstrip(), "")
+    lines = re.sub(r"\n[ \t]+", " ", "\n".join(lines)).split("\n")
+    return {name.strip().lower(): value.strip() for name, _, value in
+            (line.partition(":") for line in lines)}
 
 
 def http_body(block):
     """(body, content type) of an HTTP response, chunks joined, compression undone within bounds."""
-    f = io.BytesIO(block)
+    f, chunks = io.BytesIO(block), []
     f.readline()
     headers = read_headers(f)
-    body, chunks = f.read(), []
+    body = f.read()
     if "chunked" in headers.get("transfer-encoding", "").lower():
         f = io.BytesIO(body)
         while (size := re.match(rb"[0-9a-fA-F]{1,8}", f.readline())) and int(size[0], 16):
@@ -445,6 +423,7 @@ def http_body(block):
     return body, headers.get("content-type", "").lower()
 
 
+SPLITS = (".txt", ".md", ".jsonl")
 READERS = {".txt": read_txt, ".md": read_txt, ".jsonl": read_jsonl, ".json": read_json,
            ".html": read_html, ".htm": read_html, ".warc": read_warc, ".wet": read_warc,
            ".parquet": read_parquet}
@@ -453,22 +432,20 @@ READERS = {".txt": read_txt, ".md": read_txt, ".jsonl": read_jsonl, ".json": rea
 def download(address, sha256, folder):
     """Fetch an address into a folder, going on where an earlier try stopped. Returns the file."""
     path = Path(folder) / "-".join(urllib.parse.urlparse(address).path.split("/")[-2:])
-    part, shown, failures, problem = path.with_name(path.name + ".part"), 0, 0, "cut off"
+    part, shown, failures = path.with_name(path.name + ".part"), time.time(), 0
     path.parent.mkdir(parents=True, exist_ok=True)
     while not path.exists():
         have = before = part.stat().st_size if part.exists() else 0
+        problem = "cut off"
         try:
-            wanted = {"Range": f"bytes={have}-"} if have else {}
-            request = urllib.request.Request(address, headers=wanted)
+            request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
             with urllib.request.urlopen(request, timeout=30) as response, open(part, "ab") as f:
                 if response.status != 206:    # the server sends it from the start
-                    f.truncate(0)
-                    have = 0
+                    f.truncate(have := 0)
                 total = have + int(response.headers["Content-Length"])
                 while block := response.read(1 << 20):
-                    f.write(block)
-                    have += len(block)
-                    if time.time() - shown > 5:
+                    have += f.write(block)
+                    if time.time() > shown + 5:
                         shown = time.time()
                         print0(f"  {path.name}: {have / 1e6:,.0f} of {total / 1e6:,.0f} MB")
             if have == total:
@@ -478,8 +455,10 @@ def download(address, sha256, folder):
                 part.replace(path)
         except (OSError, TypeError, http.client.HTTPException) as e:    # URLError is an OSError
             problem = e
+            if getattr(e, "code", 0) == 416:    # nothing behind what is here, so it is not whole
+                part.unlink(missing_ok=True)
         failures = 0 if have > before else failures + 1
-        if failures == 3 and not path.exists():
+        if failures == 3:
             fail(f"cannot fetch {address} ({problem}); fetch it by hand and put it at {path}")
     return path
 
@@ -487,12 +466,13 @@ def download(address, sha256, folder):
 # ------------------------------------------------------------------------------------------------
 # Extract: the running text of a page, by jusText's rules (links, length, function words)
 
-RAW = {"script", "style", "textarea", "title"}    # what is inside is no markup
-SILENT = set("head nav header footer aside form button iframe noscript select svg template".split())
+HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>?|\Z)", re.S | re.I)
+SILENT = set("""aside button footer form head header iframe nav noscript select svg template
+textarea title""".split())
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
 BLOCKS = HEADINGS | set("""address article blockquote body caption center dd div dl dt figcaption
 figure hr html li main ol p pre section table tbody thead tr ul""".split())
-TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)[^<>]*>|<!--|<[!?/][^<>]*>")
+TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)[^<>]*>|<[!?/][^<>]*>")
 LINE = "\x1e"    # stands for <br>
 
 
@@ -501,19 +481,17 @@ def html_blocks(page):
 
     Silent elements are deleted when they close, so one that never does costs nothing else."""
     blocks, silent, tag, parts, linked = [], [], "", [], 0
-    link, pre, article, comments, pos = False, 0, 0, True, 0
+    link, pre, pos, page = False, 0, 0, HIDDEN.sub("", page)
 
     def close(opened):
         nonlocal tag, parts, linked
-        text = "".join(parts)
-        lines = text.strip("\n").split(LINE)
+        lines = "".join(parts).strip("\n").split(LINE)
         lines = lines if pre else (" ".join(line.split()) for line in lines)
         if text := "\n".join(filter(str.strip, lines)):
             blocks.append((tag, text, linked))
         tag, parts, linked = opened, [], 0
 
-    while True:
-        m = TAG.search(page, pos)
+    for m in itertools.chain(TAG.finditer(page), [None]):
         text = page[pos:m.start() if m else len(page)]
         parts.append(html.unescape(text) if "&" in text else text)
         linked += len(text) * link
@@ -521,18 +499,11 @@ def html_blocks(page):
             close("")
             return blocks
         pos, name, ends = m.end(), (m[2] or "").lower(), bool(m[1])
-        if m[0] == "<!--":
-            end = page.find("-->", pos) if comments else -1
-            pos, comments = (end + 3, True) if end >= 0 else (pos, False)    # in vain only once
-        elif name in RAW and not ends:
-            code = name in ("script", "style")    # unclosed, it goes on to the end; a title does not
-            end = re.compile(f"</{name}", re.I).search(page, pos, len(page) if code else pos + 9999)
-            pos = end.start() if end else len(page) if code else pos
-        elif name == "a":
+        if name == "a":
             link = not ends
         elif name in ("br", "td", "th"):
             parts.append(LINE if name == "br" else " ")
-        elif name in SILENT and not (name == "header" and article):
+        elif name in SILENT:
             close("")
             at = next((i for i in range(len(silent) - 1, -1, -1) if silent[i][0] == name), None)
             if not ends and len(silent) < 100:
@@ -541,48 +512,37 @@ def html_blocks(page):
                 del blocks[silent[at][1]:], silent[at:]
         elif name in BLOCKS:
             close("" if ends else name)
-            article += (name in ("article", "main")) * (-1 if ends else 1)
             pre = max(0, pre + (name == "pre") * (-1 if ends else 1))
             link = link and not (ends and name in ("p", "li", "tr"))    # an <a> left open
 
 
 def main_text(page):
     """The running text of a page, a line for each block, without menus, banners and footers."""
-    blocks, kinds = html_blocks(page), []
+    blocks, kinds = html_blocks(page), ""    # a letter for each: good, near good, short, bad
     for tag, text, linked in blocks:
         words = text.lower().split()
         density = sum(w in ANY_FUNCTION_WORD for w in words) / len(words)
         if linked > 0.2 * len(text) or re.search(r"©\s?\d", text) or linked and len(text) < 70:
-            kinds.append("bad")
+            kinds += "b"
         elif len(text) < 70 and tag != "pre":
-            kinds.append("short")
+            kinds += "s"
         elif density >= 0.3 and len(text) >= 200:
-            kinds.append("good")
+            kinds += "g"
         else:
-            kinds.append("near" if tag == "pre" or density >= 0.15 else "bad")
-
-    def around(ignored):
-        """For each block, the kinds of the nearest not ignored ones before and behind it."""
-        def sweep(kinds):
-            last = "bad"
-            for kind in kinds:
-                yield last
-                last = last if kind in ignored else kind
-        return list(zip(sweep(kinds), [*sweep(kinds[::-1])][::-1]))
-
-    if not {"good", "near"} & set(kinds):    # a page of a few words; let the rules judge it
-        return "\n".join(text for (_, text, _), kind in zip(blocks, kinds) if kind == "short")
-    # near-good blocks are good beside good ones (or where there are none), short ones between two
-    alone = "good" not in kinds
-    kinds = [k if k != "near" else "good" if alone or "good" in near else "bad"
-             for k, near in zip(kinds, around(("short", "near")))]
-    keep = [k == "good" or k == "short" and near == ("good", "good")
-            for k, near in zip(kinds, around(("short",)))]
-    ahead = 1000    # characters to the next good block; headings close before one stay
-    for i in range(len(blocks) - 1, -1, -1):
-        keep[i] |= blocks[i][0] in HEADINGS and kinds[i] == "short" and ahead < 200
-        ahead = 0 if keep[i] else ahead + len(blocks[i][1])
-    return "\n".join(text for (_, text, _), kept in zip(blocks, keep) if kept)
+            kinds += "n" if tag == "pre" or density >= 0.15 else "b"
+    # near-good blocks are good beside good ones (or where there are none), short ones between two;
+    # on a page of a few words let the rules judge the short ones
+    def beside(m):
+        return m[1] + m[2].replace("n", "g" if m[1] or m[3] or "g" not in kinds else "b")
+    near = re.sub("(g?)([sn]+)(?=(g?))", beside, kinds)
+    keep = re.sub("(?<=g)s+(?=g)", lambda m: "g" * len(m[0]), near)
+    keep = keep if "g" in keep else keep.replace("s", "g")
+    keep, ahead = list(keep), 1000    # characters to the next good block
+    for i in range(len(blocks) - 1, -1, -1):    # headings close before one stay
+        if blocks[i][0] in HEADINGS and kinds[i] == "s" and ahead < 200:
+            keep[i] = "g"
+        ahead = 0 if keep[i] == "g" else ahead + len(blocks[i][1])
+    return "\n".join(text for (_, text, _), kind in zip(blocks, keep) if kind == "g")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -622,55 +582,46 @@ def utf8(text):
 # ------------------------------------------------------------------------------------------------
 # What each distinct word looks like, worked out once and looked up by numpy ever after
 
-FUNCTION_WORDS = {code: set(words.split()) for code, words in {
-    "en": """the of and to in is that it was for on with as his he be at by had not are but from
-    have they which one you were all her she there would their we him been has when who will no
-    more if out so what up its about than into them can only other some could these then do any my
-    now over such our me did many must through where your how because each just those very i this
-    or an a before after""",
-    "de": """der die das und ist nicht ein eine einen einem einer zu den dem des mit von auf für im
-    ich sie es er wir ihr sich auch aus bei nach wie oder aber wenn noch wird sind war hat haben
-    nur um am so man über vor zum zur dass daß seine ihre mein alle beim seit ins""",
-    "fr": """le la les un une des du de et est que qui dans pour pas sur au aux avec ce cette il
-    elle nous vous ils ne se sa son ses plus par mais ou où on je à leur comme tout très sont été
-    fait être avoir d'une qu'il c'est j'ai ma mon mes près si""",
-    "es": """el la los las un una de del y que en es por para con no se lo su sus al como más pero
-    o este esta yo le ha sin sobre muy me ya fue son está hay porque cuando todo también entre
-    desde mi nunca si""",
-    "it": """il lo la i gli le un una di del della e che è in per con non si da dal al alla nel
-    nella sono ma come più anche o questo questa ho ha suo sua mi io se tutti molto ci era nei
-    delle dei mia mio sul alle""",
-    "pt": """o a os as um uma de do da dos das e que em no na para com não se por mais como mas ou
-    ao à é seu sua ele ela eu foi são está muito também já quando até isso este esta pelo pela""",
-    "nl": """de het een en van ik te dat die in is niet zijn op aan met als voor er maar om hem dan
-    zou of wat mijn dit zo door over ze zich bij ook tot je uit naar heb heeft hebben nog wel geen
-    was wij al haar alle na""",
-    "sv": """och att det som en på är av för med den till inte om ett han men var jag sig från vi
-    så kan när ska hade eller vid hon de har""",
-    "pl": """i w na się z że nie do to jest o jak po co ale za od tak tego przez już dla był być
-    czy są jego jej tym który które""",
-    "tr": """ve bir bu da de için ile ne çok daha gibi ama olarak kadar değil ben sen o var yok her
-    olan sonra mi en ki""",
-}.items()}
+FUNCTION_WORDS = {line[:2]: set(line[3:].split()) for line in """\
+en the of and to in is that it was for on with as his he be at by had not are but from have they \
+which one you were all her she there would their we him been has when who will no more if out so \
+what up its about than into them can only other some could these then do any my now over such our \
+me did many must through where your how because each just those very i this or an a before after
+de der die das und ist nicht ein eine einen einem einer zu den dem des mit von auf für im ich sie \
+es er wir ihr sich auch aus bei nach wie oder aber wenn noch wird sind war hat haben nur um so
+fr le la les un une des du de et est que qui dans pour pas sur au aux avec ce cette il elle nous \
+vous ils ne se sa son ses plus par mais ou où on je à leur comme tout très sont été c'est qu'il
+es el la los las un una de del y que en es por para con no se lo su sus al como más pero o este \
+esta yo le ha sin sobre muy me ya fue son está hay porque cuando todo también entre desde mi
+it il lo la i gli le un una di del della e che è in per con non si da dal al alla nel nella sono \
+ma come più anche o questo questa ho ha suo sua mi io se tutti molto ci era nei delle dei mia
+pt o a os as um uma de do da dos das e que em no na para com não se por mais como mas ou ao à é \
+seu sua ele ela eu foi são está muito também já quando até isso este esta pelo pela
+nl de het een en van ik te dat die in is niet zijn op aan met als voor er maar om hem dan zou of \
+wat mijn dit zo door over ze zich bij ook tot je uit naar heb heeft nog wel geen was wij
+sv och att det som en på är av för med den till inte om ett han men var jag sig från vi så kan
+pl i w na się z że nie do to jest o jak po co ale za od tak tego przez już dla był być czy są
+tr ve bir bu da de için ile ne çok daha gibi ama olarak kadar değil ben sen o var yok her olan
+""".splitlines()}
 ANY_FUNCTION_WORD = set().union(*FUNCTION_WORDS.values())
 SCRIPTS = dict(zh="\u4e00-\u9fff", ja="\u3040-\u30ff", ko="\uac00-\ud7af", ru="\u0400-\u04ff",
                ar="\u0600-\u06ff", he="\u0590-\u05ff", el="\u0370-\u03ff", hi="\u0900-\u097f",
                th="\u0e00-\u0e7f")
 STOP_WORDS = "the be to of and that have with".split()
-INSULTS = """arsehole ass asshole assholes bastard bastards bitch bitches brainless bullshit
-cretin cunt cunts dickhead dimwit dirtbag disgusting dumb dumbass dummy faggot faggots filth filthy
-fool fools fuck fucked fucker fucking garbage hag hate hideous idiot idiotic idiots imbecile
-jackass jerk lazy liar liars loser losers lowlife maggot miserable moron moronic morons
-motherfucker nigger niggers pathetic pig prick psycho pussy retard retarded retards revolting scum
-scumbag shit shitty slut sluts stinking stupid subhuman suck sucks thug thugs trash twat ugly
-useless vermin vile wanker whore whores worm worthless""".split()
-SALES = """amazing approval approved bargain bargains best bonus brand buy buying card cart
-casino cash cheap cheapest checkout cialis claim click code congratulations coupon credit customers
-deal deals debt delivery discount discounted discounts doctors dollars earn exclusive free gift
-guarantee guaranteed hurry instant jackpot limited loan loans lottery lowest lucky money offer
-offers online order payday percent pills pounds price prices prize profit promo purchase refund
-replica risk sale sales satisfaction save savings secret shipping shop stock store subscribe trial
-trick unbeatable unlock unsubscribe viagra visit wholesale win winner winners""".split()
+INSULTS = """arsehole ass asshole assholes bastard bastards bitch bitches brainless bullshit cretin
+cunt cunts dickhead dimwit dirtbag disgusting dumb dumbass dummy faggot faggots filth filthy fool
+fools fuck fucked fucker fucking garbage hag hate hideous idiot idiotic idiots imbecile jackass jerk
+lazy liar liars loser losers lowlife maggot miserable moron moronic morons motherfucker nigger
+niggers pathetic pig prick psycho pussy retard retarded retards revolting scum scumbag shit shitty
+slut sluts stinking stupid subhuman suck sucks thug thugs trash twat ugly useless vermin vile wanker
+whore whores worm worthless""".split()
+SALES = """amazing approval approved bargain bargains best bonus brand buy buying card cart casino
+cash cheap cheapest checkout cialis claim click code congratulations coupon credit customers deal
+deals debt delivery discount discounted discounts doctors dollars earn exclusive free gift guarantee
+guaranteed hurry instant jackpot limited loan loans lottery lowest lucky money offer offers online
+order payday percent pills pounds price prices prize profit promo purchase refund replica risk sale
+sales satisfaction save savings secret shipping shop stock store subscribe trial trick unbeatable
+unlock unsubscribe viagra visit wholesale win winner winners""".split()
 INSULTS, SALES = ({word: n for n, word in enumerate(words, 1)} for words in (INSULTS, SALES))
 WORD = np.dtype([("hash", "u8"), ("length", "i4"), ("letters", "?"), ("insult", "u2"),
                  ("sales", "u2"), ("stop", "u1"), ("languages", "u2"), ("first", "i4"),
@@ -695,10 +646,10 @@ class Words(dict):
             found = "".join(c for c in found if unicodedata.category(c) != "Mn")
             found = re.sub(r"([\u3040-\u30ff\u4e00-\u9fff])", r" \1 ", found)
         found = [hash64(utf8(w)) for w in found.split()]
-        while i >= len(self.table):
-            self.table = np.concatenate([self.table, np.zeros_like(self.table)])
+        if i == len(self.table):
+            self.table = np.resize(self.table, 2 * i)
         while self.used + len(found) > len(self.match):
-            self.match = np.concatenate([self.match, np.zeros_like(self.match)])
+            self.match = np.resize(self.match, 2 * len(self.match))
         stop = 1 << STOP_WORDS.index(plain) if plain in STOP_WORDS else 0
         languages = sum((plain in known) << n for n, known in enumerate(FUNCTION_WORDS.values()))
         self.table[i] = (hash64(utf8(word)), len(word), any(map(str.isalpha, word)),
@@ -710,15 +661,12 @@ class Words(dict):
         return i
 
     def rows(self, text):
+        if self.size > 1 << 26:    # keep memory within bounds, however many words there are
+            self.clear()
+            self.__init__()
         words = text.split()
         at = np.fromiter(map(self.__getitem__, words), np.int64, len(words))    # fills the table
         return self.table[at]
-
-    def forget(self):
-        """Keep memory within bounds, however many words there are."""
-        if self.size > 1 << 26:
-            self.clear()
-            self.__init__()
 
     def matching(self, rows):
         """The hashes of a text's matching words, in order."""
@@ -739,9 +687,9 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)
 def growing(hashes, longest):
     """Yield (n, hashes of all runs of n words), n = 1 ... longest: polynomials modulo 2^64."""
     grams = hashes
-    for n in range(1, longest + 1):
-        if n > 1:
-            grams = grams[:-1] * FACTOR + hashes[n - 1:]
+    yield 1, grams
+    for n in range(2, longest + 1):
+        grams = grams[:-1] * FACTOR + hashes[n - 1:]
         yield n, grams
 
 
@@ -769,8 +717,7 @@ def language(doc, cfg):
     bits = doc.rows["languages"][doc.rows["letters"]]
     if len(bits) < 10:
         return None
-    counts = (bits[:, None] >> np.arange(len(FUNCTION_WORDS), dtype=np.uint16) & 1).sum(axis=0)
-    hits = dict(zip(FUNCTION_WORDS, counts.tolist()))
+    hits = {code: np.count_nonzero(bits & (1 << n)) for n, code in enumerate(FUNCTION_WORDS)}
     wanted = max((hits.pop(code) for code in cfg.languages if code in hits), default=0)
     other, most = max(hits.items(), key=lambda item: item[1], default=("", 0))
     if max(wanted, most) < cfg.min_function_words * len(bits):
@@ -781,6 +728,9 @@ def language(doc, cfg):
 def first_true(**checks):
     """The name of the first check that holds, as words, or None."""
     return next((name.replace("_", " ") for name, holds in checks.items() if holds), None)
+
+
+BULLETS = ("•", "‣", "▪", "*", "-", "–")
 
 
 def gopher_quality(doc, cfg):
@@ -800,11 +750,6 @@ def gopher_quality(doc, cfg):
         few_stop_words=cfg.languages == ["en"] and stop_words < cfg.min_stop_words)
 
 
-BULLETS = ("•", "‣", "▪", "*", "-", "–")
-TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}    # Gopher table A1: characters of the most frequent n-gram
-COPIED_NGRAM = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}    # and of repeated n-grams
-
-
 def copied(parts):
     """(second and later copies, characters in them)"""
     counts = Counter(parts)
@@ -822,7 +767,9 @@ def gopher_repetition(doc, cfg):
             return f"repeated {name}"
     ends = np.concatenate([[0], np.cumsum(length)])
     at, grams = np.arange(len(h)), h
+    limits = dict([*zip((2, 3, 4), cfg.top_ngrams), *zip(range(5, 11), cfg.copied_ngrams)])
     for n in range(2, 11):    # only where n - 1 words repeat can n words repeat
+        limit = limits.get(n, math.inf) * size
         at = at[:np.searchsorted(at, len(h) - n + 1)]
         grams = grams[:len(at)] * FACTOR + h[at + n - 1]
         ordered = np.sort(grams)
@@ -830,21 +777,21 @@ def gopher_repetition(doc, cfg):
         counts = np.diff(runs)
         if counts.max(initial=0) < 2:
             return None
-        if n in TOP_NGRAM:
-            here = at[np.isin(grams, ordered[runs[:-1][counts == counts.max()]])]
-            if (ends[here + n] - ends[here] + n - 1).max() * counts.max() > TOP_NGRAM[n] * size:
-                return f"top {n}-gram"
         values = ordered[runs[:-1][counts > 1]]
+        if n <= 4:
+            top = at[np.isin(grams, ordered[runs[:-1][counts == counts.max()]])]
+            if (ends[top + n] - ends[top] + n - 1).max() * counts.max() > limit:
+                return f"top {n}-gram"
         again = values[np.searchsorted(values, grams) % len(values)] == grams
         at, grams = at[again], grams[again]
-        if n in COPIED_NGRAM:
+        if n > 4:
             seen, total, end = set(), 0, 0
             for i, gram in zip(at.tolist(), grams.tolist()):    # count a repeat and step over it
                 if i >= end and gram in seen:
                     total, end = total + ends[i + n] - ends[i], i + n
                 elif i >= end:
                     seen.add(gram)
-            if total > COPIED_NGRAM[n] * size:
+            if total > limit:
                 return f"repeated {n}-grams"
 
 
@@ -933,10 +880,6 @@ def public_address(text):
         return False
 
 
-def phone(text):
-    return 10 <= sum(c.isdigit() for c in text) <= 15
-
-
 # (placeholder, hint: what a text must contain to be looked at, pattern, check of a match). Patterns
 # start behind an edge and repeat within bounds, so that no text takes more than linear time.
 NUMBER = r"\d(?:[ ().-]{0,2}\d){8}"    # nine digits close together
@@ -953,24 +896,25 @@ PRIVATE = [(name, re.compile(hint), re.compile(pattern), check) for name, hint, 
      public_address),
     ("<IP>", r":[0-9a-fA-F]{0,4}:", r"(?<![\w:.])[23][0-9a-fA-F]{3}:"
      r"(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])", public_address),
-    ("<CARD>", NUMBER, r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?!\w|-\d)", luhn),
+    ("<CARD>", NUMBER,    # in one piece, in fours, or as 4-6-5; 14000-3920-1000 is a sum
+     r"(?<![\w.-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{1,3})?"
+     r"|\d{4}([ -])\d{6}\2\d{5})(?!\w|-\d)", luhn),
     ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None),
     ("<PHONE>", NUMBER, r"(?<![\w+])\+\d{1,3}(?:[ .()-]{0,2}\d{1,6}){2,6}(?!\w)"
-     r"|(?<![\w.(-])(?:\d{3}[.-]|\(\d{3}\) ?)\d{3}[ .-]\d{4}(?![\w-])", phone))]
+     r"|(?<![\w.(-])(?:\d{3}[.-]|\(\d{3}\) ?)\d{3}[ .-]\d{4}(?![\w-])",
+     lambda text: 10 <= sum(map(str.isdigit, text)) <= 15))]
 
 
 def scrub(text):
     """(text without personal data, {placeholder: how many})"""
-    found, hints = Counter(), {}
+    found, hinted = Counter(), functools.cache(lambda hint: hint.search(text))
     for placeholder, hint, pattern, check in PRIVATE:
         def replace(m):
             if check and not check(m[0]):
                 return m[0]
             found[placeholder] += 1
             return placeholder
-        if hint not in hints:
-            hints[hint] = hint.search(text)
-        text = pattern.sub(replace, text) if hints[hint] else text
+        text = pattern.sub(replace, text) if hinted(hint) else text
     return text, found
 
 
@@ -1013,13 +957,13 @@ def url_key(url):
     return f"{host}{parts.path.rstrip('/')}?{query}" if host else ""
 
 
-def same(rows):
-    """Edges from the first number with a key to each other one. rows (N, c): a key, a number."""
-    rows = rows[np.lexsort(rows.T[::-1])]
-    new = np.ones(len(rows), bool)
-    new[1:] = (rows[1:, :-1] != rows[:-1, :-1]).any(axis=1)
-    first = rows[new, -1][np.cumsum(new) - 1]
-    return np.stack([first, rows[:, -1]], axis=1)[~new].astype(np.int64)
+def same(keys, numbers):
+    """Edges (E, 2) from the first number with a key to each other one. keys (N,) or (N, c)."""
+    keys = keys[:, None] if keys.ndim == 1 else keys
+    order = np.lexsort((numbers, *keys.T))
+    keys, numbers = keys[order], numbers[order].astype(np.int64)
+    new = np.concatenate([[True], (keys[1:] != keys[:-1]).any(axis=1)])[:len(keys)]
+    return np.stack([numbers[new][np.cumsum(new) - 1], numbers], axis=1)[~new]
 
 
 def union(parent, edges):
@@ -1040,70 +984,78 @@ def roots(parent):
     return parent
 
 
-def duplicates(docs, band_rows, cfg, group):
-    """(verdict, root) of every document: which copy goes and why, and which cluster it is in.
+def duplicates(docs, reasons, numbers, minhashes, cfg, group):
+    """(reasons, root) of every document: why it goes or "", and which cluster it is in.
 
+    All ranks know docs; minhashes are of this rank's documents, which have these numbers.
     One of each cluster stays: of the first source, then the longest, then the first."""
-    numbers = np.arange(len(docs))
-    verdict, parent = np.full(len(docs), "", object), numbers.copy()
-
-    def edges(name):
-        if name == "exact_duplicate":
-            return same(np.column_stack([docs["key"], numbers.astype(np.uint64)]))
-        if name == "url_duplicate":
-            chosen = (docs["url"] != 0) & (verdict == "")
-            return same(np.column_stack([docs["url"], numbers.astype(np.uint64)])[chosen])
-        found = []
-        for band in range(cfg.bands):    # one at a time: 16 bytes a document
-            rows = band_rows(band)
-            rows = rows[verdict[rows[:, 1].astype(np.int64)] == ""]
-            found += gather(same(exchange(rows, group)), group)
-        return np.concatenate(found)
-
+    every, reasons = np.arange(len(docs)), reasons.copy()
+    parent = every.copy()
     for name in DUPLICATES:
-        if name not in cfg.skip:
-            union(parent, edges(name))
-            root = roots(parent)
-            length = docs["size"] * (name != "exact_duplicate")
-            order = np.lexsort((numbers, -length, docs["source"], root))
-            order = order[verdict[order] == ""]
-            verdict[order[1:][root[order[1:]] == root[order[:-1]]]] = name
-    return verdict, roots(parent)
+        if name in cfg.skip:
+            continue
+        left = every[reasons == ""]
+        if name == "exact_duplicate":
+            union(parent, same(docs["key"][left], left))
+        elif name == "url_duplicate":
+            left = left[docs["url"][left] != 0]
+            union(parent, same(docs["url"][left], left))
+        else:
+            left = np.flatnonzero(reasons[numbers] == "")
+            for band in range(cfg.bands):    # one at a time: 16 bytes a document
+                columns = minhashes[left, band * cfg.rows:(band + 1) * cfg.rows].T.astype(np.uint64)
+                *_, (_, keys) = growing(columns, cfg.rows)
+                rows = np.column_stack([keys.reshape(-1), numbers[left].astype(np.uint64)])
+                rows = exchange(rows, group)
+                for edges in gather(same(rows[:, 0], rows[:, 1]), group):
+                    union(parent, edges)
+        root, length = roots(parent), docs["size"] * (name != "exact_duplicate")
+        order = np.lexsort((every, -length, docs["source"], root))
+        order = order[reasons[order] == ""]
+        reasons[order[1:][root[order[1:]] == root[order[:-1]]]] = name
+    return reasons, roots(parent)
 
 
 # ------------------------------------------------------------------------------------------------
 # Decontaminate: a hash index of the evaluation items
 
 INDEX_FORMAT = 1
+INDEX = ("format", "names", "found", "hashes", "lengths", "items")
 
 
 def item_text(row):
     """(question, right answer) of an evaluation item, or (its text, "")."""
-    def said(value):
+    def said(*names):
+        value = next((row[name] for name in names if name in row), "")
         if isinstance(value, list) and value:    # a chat: its last turn; several answers: the first
             value = value[-1]["content"] if isinstance(value[0], dict) else value[0]
         return value if isinstance(value, str) else ""
-    question = next((said(row[k]) for k in ("prompt", "question", "query", "context") if k in row),
-                    "")
-    answer = next((said(row[k]) for k in ("answer", "continuation") if k in row), "")
+    question = said("prompt", "question", "query", "context")
+    answer = said("answer", "continuation")
     if isinstance(row.get("choices"), list) and isinstance(row.get("gold"), int):
         answer = row["choices"][row["gold"]]
-    text = next((row[k] for k in ("text", "sentence", "sent_more") if k in row), "")
-    return (question, answer.removeprefix("#### ")) if question else (said(text), "")
+    if question:
+        return question, answer.removeprefix("#### ")
+    return said("text", "sentence", "sent_more"), ""
 
 
 def build_index(cfg):
-    """{"format", "names", for each n-gram: "hashes" (sorted), "lengths", "items"}, or None.
+    """{"format", "names", for each n-gram: "hashes" (sorted), "lengths", "items"}, or None; later
+    also "found", which of the names were met in the text.
 
     Every eval_words words in a row that begin in the question count (an answer alone is knowledge,
     not a leak). A shorter item is one n-gram, lest phrases be leaks; questions of under 8 words,
     or 6 with the answer, are left out."""
     path = Path(cfg.eval) if Path(cfg.eval).exists() else HERE / cfg.eval
+    if not path.exists():
+        fail(f"--eval {cfg.eval} does not exist; none compares with nothing")
     if path.suffix == ".npz":
         return load_index(path)
     words, names, grams, lengths, items = Words(), [], [], [], []
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] * path.exists():
-        for number, line in enumerate(file.read_text("utf-8", "replace").splitlines()):
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        for number, line in enumerate(file.read_text("utf-8", "replace").split("\n")):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 question, answer = (words.matching(words.rows(text)) for text in item_text(row))
@@ -1124,21 +1076,12 @@ def build_index(cfg):
                 lengths=lengths[order], items=items[order])
 
 
-def save_index(index, path):
-    """The entries named above and "found", items met in the text, as .npz without dates in it."""
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in ("format", "names", "found", "hashes", "lengths", "items"):
-            data = io.BytesIO()
-            np.save(data, index[name])
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), data.getvalue())
-
-
 def load_index(path):
     """The eval_index.npz of a tokens folder; evaluate.py reads it too."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            index = dict(f)
-        found = int(index["format"])
+            found = int(f["format"])
+            index = {name: f[name] for name in INDEX if found == INDEX_FORMAT}
     except (OSError, ValueError, LookupError, zipfile.BadZipFile) as e:
         fail(f"{path} is not an index of evaluation items ({type(e).__name__})")
     if found != INDEX_FORMAT:
@@ -1168,165 +1111,88 @@ def contaminated(hits, kept, index, common):
     hits = hits[kept[hits[:, 0].astype(int)]]
     grams, counts = np.unique(hits[:, 1], return_counts=True)
     leaks = grams[counts <= common]
-    goes, found = np.zeros(len(kept), bool), np.zeros(len(index["names"]), bool)
+    goes = np.zeros(len(kept), bool)
     goes[hits[np.isin(hits[:, 1], leaks), 0].astype(int)] = True
+    found = np.zeros(len(index["names"]), bool)
     found[index["items"][np.isin(index["hashes"], leaks)]] = True
     return goes, found
 
 
 # ------------------------------------------------------------------------------------------------
-# The ledger: (step, kind, name) -> [documents, bytes, examples], kind being kept, dropped, changed
+# Clean: a chunk of records -> its texts in the working folder, and a row of numbers a document
 
-STEPS = ("read", "normalise", "filter", "scrub", "deduplicate", "decontaminate")
-
-
-def note(ledger, step, kind, name, documents=1, size=0, examples=()):
-    entry = ledger.setdefault((step, kind, name), [0, 0, []])
-    entry[0] += documents
-    entry[1] += size
-    entry[2] = [*entry[2], *examples][:3]
-
-
-def drop(ledger, step, reason, document, text, file):
-    """Note a dropped document; file, if any, takes all of it as a JSON line."""
-    example = f"{document}: {' '.join(text[:200].split())[:60]}"
-    note(ledger, step, "dropped", reason, 1, len(utf8(text)), [example])
-    if file:
-        file.write(json.dumps(dict(document=document, reason=reason, text=text)) + "\n")
-
-
-def merge(ledgers):
-    total = {}
-    for ledger in ledgers:
-        for key, entry in ledger.items():
-            note(total, *key, *entry)
-    return total
-
-
-def ledger_rows(ledger):
-    """The ledger for the manifest: step by step, the frequent first, what was kept last."""
-    order = {kind: i for i, kind in enumerate(("changed", "dropped", "kept"))}
-    keys = [key for key in ledger if key[0] in STEPS]
-    keys.sort(key=lambda k: (STEPS.index(k[0]), order[k[1]], -ledger[k][0], k[2]))
-    return [dict(step=step, kind=kind, name=name, documents=ledger[step, kind, name][0],
-                 bytes=ledger[step, kind, name][1], examples=ledger[step, kind, name][2])
-            for step, kind, name in keys]
-
-
-def source_facts(ledger, number):
-    """What the manifest says about an --input: its size, its licences, the newest date in it."""
-    facts = {key[1:]: entry for key, entry in ledger.items() if key[0] == number}
-    documents, size, _ = facts.get(("read", ""), (0, 0, 0))
-    return dict(documents=documents, bytes=size, broken_utf8=facts.get(("broken", ""), [0])[0],
-                licences={k[1]: e[0] for k, e in sorted(facts.items()) if k[0] == "licence"},
-                newest=max((k[1] for k in facts if k[0] == "date"), default=""))
-
-
-def report(manifest, out, seconds):
-    """Print the ledger, and what to be wary of."""
-    lost, total = Counter(), 0
-    print0(f"\n{'':<38}{'documents':>11}{'bytes':>15}   for example")
-    for row in manifest["ledger"]:
-        name, sign = "  " + row["name"], -1 if row["kind"] == "dropped" else 1
-        if row["kind"] == "kept":
-            name, total = row["step"], max(total, row["documents"])
-        elif sign < 0:
-            lost[row["name"].split(":")[0]] += row["documents"]
-        size = f"{sign * row['bytes']:>15,}" if row["bytes"] else " " * 15
-        example = row["examples"][0].split(": ", 1)[1][:32] if row["examples"] else ""
-        print0(f"{name:<38}{sign * row['documents']:>11,}{size}   {example}")
-    for part in ("train", "val"):
-        print0(f"{part:<38}{manifest['documents'][part]:>11,}{manifest['bytes'][part]:>15,}"
-               f"   {manifest['tokens'][part]:,} tokens")
-    if curve := manifest["near_duplicates"]:
-        print0("near duplicates are found at similarity "
-               + ", ".join(f"{s} with {chance:.0%}" for s, chance in curve.items()))
-    tokens, size = sum(manifest["tokens"].values()), sum(manifest["bytes"].values())
-    print0(f"{out}: {tokens:,} tokens of {manifest['vocab_size']:,} ids, "
-           f"{size / max(1, tokens):.2f} bytes/token ({seconds})")
-    if sum(lost.values()) > total / 2:
-        rule, count = lost.most_common(1)[0]
-        print0(f"warning: {sum(lost.values()) / total:.0%} of the documents were dropped, {count:,}"
-               f" by {rule}. If they were good, this rule is not made for them: --skip {rule}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Clean: a chunk of records -> its text in the working folder, and a row of numbers a document
-
-DOC = np.dtype([("size", "i8"), ("chars", "i8"), ("key", "u8", 2), ("url", "u8"), ("source", "i4"),
-                ("part", "i4"), ("at", "i8")])
+DOC = np.dtype([("read", "i8"), ("normalised", "i8"), ("filtered", "i8"), ("size", "i8"),    # bytes
+                ("chars", "i8"), ("key", "u8", 2), ("url", "u8"), ("source", "i4"), ("part", "i4"),
+                ("at", "i8")])
 NO_KEY = bytes(c for c in range(128) if not chr(c).isalnum())
 
 
-def clean(text, kind, words, cfg, ledger):
-    """(Doc of the text normalised, filtered and scrubbed, why it must go or None)"""
+def clean(text, kind, words, cfg, counts):
+    """(Doc of the text normalised, filtered and scrubbed, [bytes after the first, the second of
+    these], why it must go or ""). Changes are counted under (step, what)."""
     if not text.isascii() and "repair" not in cfg.skip:
         text, before = repair(text), text
-        if text != before:
-            note(ledger, "normalise", "changed", "texts with mojibake repaired")
+        counts["normalise", "texts with mojibake repaired"] += text != before
     doc = Doc(normalise(text), words)
+    sizes = [len(utf8(doc.text))] * 2
     if not doc.text:
-        return doc, "empty"
-    note(ledger, "normalise", "kept", "", 1, len(utf8(doc.text)))
+        return doc, sizes, "empty"
     for rule in RULES:
         if rule.__name__ not in cfg.skip and kind >= RULES[rule]:
-            size = len(doc.text)
+            before = doc.text
             if reason := rule(doc, cfg):
-                return doc, f"{rule.__name__}: {reason}"
-            if len(doc.text) != size:
-                note(ledger, "filter", "changed", "texts with lines cut out by c4")
+                return doc, sizes, f"{rule.__name__}: {reason}"
+            if doc.text != before:
+                counts["filter", "texts with lines cut out by c4"] += 1
                 doc = Doc(doc.text, words)
-    note(ledger, "filter", "kept", "", 1, len(utf8(doc.text)))
+                sizes[1] = len(utf8(doc.text))
     text, found = (doc.text, {}) if "scrub" in cfg.skip else scrub(doc.text)
-    for placeholder, count in found.items():
-        note(ledger, "scrub", "changed", placeholder, count)
-    note(ledger, "scrub", "kept", "", 1, len(utf8(text)))
-    return Doc(text, words) if found else doc, None
+    counts.update({("scrub", placeholder): n for placeholder, n in found.items()})
+    return Doc(text, words) if found else doc, sizes, ""
 
 
-def clean_chunk(number, parts, work, cfg, index, words):
-    """Writes the texts that stay to <number>.text, with --dropped the others to <number>.dropped.
+def clean_chunk(parts, file, cfg, index, words):
+    """Write all texts of a chunk to a file, cleaned as far as they came.
 
-    Returns dict(ledger, docs (N,) DOC, hits (., 2): document and evaluation n-gram, minhashes)."""
-    ledger, rows, hits, minhashes = {}, [], [np.zeros((0, 2), np.uint64)], []
-    functions = hash_functions(cfg.bands * cfg.rows)
-    with open(work / f"{number}.text", "wb") as f, open(work / f"{number}.dropped", "w") as lost:
-        lost = lost if cfg.dropped else None
-        for i, (source, path, start, end) in enumerate(parts):
-            def unreadable(at, reason):
-                drop(ledger, "read", reason, document_name(parts[i], at), "", lost)
-
-            for at, record in read_part(path, start, end, cfg, unreadable):
-                url = url_key(record.get("url", ""))
-                kind = dict(auto=PAGE if url else record["kind"], all=PAGE, none=ROW)[cfg.web]
-                note(ledger, source, "read", "", 1, len(utf8(record["text"])))
-                note(ledger, source, "broken", "", record["broken"] > 0)
-                note(ledger, source, "date", record.get("date", "")[:10])
-                note(ledger, source, "licence", record.get("license", "not stated"))
-                for text in cut_text(record["text"], PART):
-                    note(ledger, "read", "kept", "", 1, len(utf8(text)))
-                    doc, reason = None, None if text.strip() else "empty"
-                    if cfg.clean:
-                        doc, reason = clean(text, kind, words, cfg, ledger)
-                        text = doc.text
-                    if reason:
-                        drop(ledger, "filter", reason, document_name(parts[i], at), text, lost)
-                        continue
-                    data = key = utf8(text)
-                    if cfg.clean:
-                        key = utf8(text.lower()).translate(None, NO_KEY) or data
-                        h = words.matching(doc.rows)
-                        h = h if len(h) else np.array([hash64(data)], np.uint64)
-                        if "near_duplicate" not in cfg.skip:
-                            minhashes.append(minhash(h, cfg.shingle, functions))
-                        if index and len(found := lookup(index, h)):
-                            hits.append(np.stack([np.full_like(found, len(rows)), found], axis=1))
-                    key = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), "<u8")
-                    rows.append((len(data), len(text), key, url and hash64(utf8(url)) or 0, source,
-                                 i, at))
-                    f.write(data)
-                words.forget()
-    return dict(ledger=ledger, docs=np.array(rows, DOC), hits=np.concatenate(hits),
+    Returns dict(docs (N,) DOC, reasons: why each goes or "", counts, hits (., 2): document and
+    evaluation n-gram, numbers and minhashes (., bands x rows) of the documents that stay)."""
+    rows, reasons, counts, numbers, minhashes = [], [], Counter(), [], []
+    hits, functions = [np.zeros((0, 2), np.uint64)], hash_functions(cfg.bands * cfg.rows)
+    records = ((source, i, at, record) for i, (source, path, start, end) in enumerate(parts)
+               for at, record in read_part(path, start, end, cfg))
+    with open(file, "wb") as f:
+        for source, i, at, record in records:
+            unreadable = record if isinstance(record, str) else ""
+            record = dict(text="", kind=ROW) if unreadable else record
+            url = url_key(record.get("url", ""))
+            kind = dict(auto=PAGE if url else record["kind"], all=PAGE, none=ROW)[cfg.web]
+            counts[source, "broken", ""] += "\ufffd" in record["text"]
+            counts[source, "date", record.get("date", "")[:10]] += 1
+            counts[source, "licence", record.get("license", "not stated")] += not unreadable
+            for text in cut_text(record["text"], PART):
+                reason, doc = unreadable or ("" if text.strip() else "empty"), None
+                read = len(utf8(text))
+                sizes = [read, read]
+                if cfg.clean and not reason:
+                    doc, sizes, reason = clean(text, kind, words, cfg, counts)
+                    text = doc.text
+                data = key = utf8(text)
+                if doc and not reason:
+                    key = utf8(text.lower()).translate(None, NO_KEY) or data
+                    h = words.matching(doc.rows)
+                    h = h if len(h) else np.array([hash64(data)], np.uint64)
+                    if "near_duplicate" not in cfg.skip:
+                        numbers.append(len(rows))
+                        minhashes.append(minhash(h, cfg.shingle, functions))
+                    if index and len(found := lookup(index, h)):
+                        hits.append(np.stack([np.full_like(found, len(rows)), found], axis=1))
+                key = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), "<u8")
+                rows.append((read, *sizes, len(data), len(text), key,
+                             hash64(utf8(url)) if url else 0, source, i, at))
+                reasons.append(reason)
+                f.write(data)
+    return dict(docs=np.array(rows, DOC), reasons=reasons, counts=counts,
+                hits=np.concatenate(hits), numbers=np.array(numbers, np.int64),
                 minhashes=np.array(minhashes, np.uint32).reshape(-1, cfg.bands * cfg.rows))
 
 
@@ -1334,6 +1200,66 @@ def document_name(part, at):
     """pages/007.html#0, raw/corpus.jsonl@16777216#12: file, first byte of the part, record."""
     _, path, start, _ = part
     return f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{at}"
+
+
+# ------------------------------------------------------------------------------------------------
+# The ledger: what came in, what every rule changed and dropped, and what was left
+
+STEPS = dict(read="read", normalise="normalised", filter="filtered", scrub="size",
+             deduplicate="size", decontaminate="size")    # step: the bytes of what it leaves
+STEP_OF = {**dict.fromkeys(DUPLICATES, "deduplicate"), "contaminated": "decontaminate",
+           **{rule.__name__: "filter" for rule in RULES}}    # other reasons: read
+
+
+def make_ledger(steps, docs, reasons, counts, examples):
+    """A row for whatever a step changed or dropped, the frequent first, and for what it kept."""
+    rows, left, dropped = [], np.ones(len(docs), bool), Counter(reasons[reasons != ""])
+
+    def add(step, kind, name, documents, size=0, shown=()):
+        rows.append(dict(step=step, kind=kind, name=name, documents=int(documents),
+                         bytes=int(size), examples=[examples[i] for i in shown]))
+
+    for step in steps:
+        for (of, name, *_), n in sorted(counts.items(), key=lambda item: (-item[1], str(item[0]))):
+            if of == step and n:
+                add(step, "changed", name, n)
+        for name, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
+            if STEP_OF.get(name.split(":")[0], "read") == step:
+                these = np.flatnonzero(reasons == name)
+                add(step, "dropped", name, n, docs["size"][these].sum(), these[:3])
+                left[these] = False
+        add(step, "kept", "", left.sum(), docs[STEPS[step]][left].sum())
+    return rows
+
+
+def report(manifest, out, seconds):
+    """Print the ledger, and what to be wary of."""
+    def line(name, documents, size, remark=""):
+        print0(f"{name:<38}{documents:>11,}{f'{size:,}' if size else '':>15}   {remark}")
+
+    print0(f"\n{'':<38}{'documents':>11}{'bytes':>15}   for example")
+    lost, total = Counter(), max(row["documents"] for row in manifest["ledger"])
+    for row in manifest["ledger"]:
+        if row["kind"] == "kept":
+            line(row["step"], row["documents"], row["bytes"])
+        else:
+            sign, example = -1 if row["kind"] == "dropped" else 1, [*row["examples"], "x: "][0]
+            line("  " + row["name"], sign * row["documents"], sign * row["bytes"],
+                 example.split(": ", 1)[1][:32])
+            lost[row["name"].split(":")[0]] += row["documents"] * (sign < 0)
+    tokens, size = sum(manifest["tokens"].values()), sum(manifest["bytes"].values())
+    for part in ("train", "val"):
+        line(part, manifest["documents"][part], manifest["bytes"][part],
+             f"{manifest['tokens'][part]:,} tokens")
+    if curve := manifest["near_duplicates"]:
+        print0("near duplicates are found at similarity "
+               + ", ".join(f"{s} with {chance:.0%}" for s, chance in curve.items()))
+    print0(f"{out}: {tokens:,} tokens of {manifest['vocab_size']:,} ids, "
+           f"{size / max(1, tokens):.2f} bytes/token, {seconds:.1f} s")
+    if sum(lost.values()) > total / 2:
+        rule, count = lost.most_common(1)[0]
+        print0(f"warning: {sum(lost.values()) / total:.0%} of the documents were dropped, {count:,}"
+               f" by {rule}. If they were good, this rule is not made for them: --skip {rule}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1431,25 +1357,20 @@ def chars_tokenizer(letters):
     return make_encoding("chars", r"[\s\S]", {c.encode(): i for i, c in enumerate(sorted(letters))})
 
 
-TIKTOKEN_FILES = dict(    # sha1 of their addresses, the names of the files in tiktoken's cache
-    gpt2="6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-    cl100k_base="9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
-    o200k_base="fb374d419588a4632f3f557e76b4b70aebbca790")
-
-
 def named_tokenizer(name):
-    """A tokenizer that exists: bytes, one of tiktoken's by name, a rank file, or one of ours."""
+    """A tokenizer that exists: bytes, gpt2, a rank file, or one of ours."""
     path = Path(name)
     if name == "bytes":
         return make_encoding("bytes", GPT4_SPLIT, {bytes([i]): i for i in range(256)})
-    if name in tiktoken.list_encoding_names():
+    if name == "gpt2":
         socket.setdefaulttimeout(20)
         try:
             enc = tiktoken.get_encoding(name)
         except Exception as e:    # of requests, urllib3, sockets, files: no file and no network
             folder = os.environ.get("TIKTOKEN_CACHE_DIR", "a folder named by TIKTOKEN_CACHE_DIR")
-            fail(f"--tokenizer {name}: cannot download it ({type(e).__name__}); put "
-                 f"{TIKTOKEN_FILES.get(name, 'its files')} of tiktoken's cache into {folder}")
+            fail(f"--tokenizer gpt2: cannot download it ({type(e).__name__}); put the files "
+                 f"6d1cbeee0f20b3d9449abfede4726ed8212e3aee and "    # sha1 of their addresses
+                 f"6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 of tiktoken's cache into {folder}")
         finally:
             socket.setdefaulttimeout(None)
         return make_encoding(name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens)
@@ -1460,16 +1381,14 @@ def named_tokenizer(name):
         return import_tokenizer(path)[0]
     if path.suffix == ".pt" or (path / "tokenizer.json").exists():
         return encoding_from_dict(load_checkpoint(path, "python pretrain.py")["encoding"])
-    path = path / "encoding.json" if (path / "encoding.json").exists() else path
     try:
         if path.suffix == ".tiktoken":
             return encoding_from_dict(dict(name=path.stem, pattern=GPT4_SPLIT, special_tokens={},
                                            ranks=path.read_text().strip()))
-        if path.name == "encoding.json":
-            return encoding_from_dict(json.loads(path.read_text()))
-    except (ValueError, KeyError, TypeError) as e:
-        fail(f"--tokenizer {path}: damaged ({type(e).__name__}: {e})")
-    fail(f"--tokenizer {path}: give a .tiktoken or tokenizer.json file, a folder or a checkpoint")
+        file = path if path.name == "encoding.json" else path / "encoding.json"
+        return encoding_from_dict(json.loads(file.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fail(f"--tokenizer {path}: damaged or none of ours ({type(e).__name__}: {e})")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1492,19 +1411,10 @@ def cut_text(text, size):
     yield text[start:] if start else text
 
 
-def encode(enc, texts):
-    """(ids uint32, ends int64): all texts, an end-of-text id after each; no text becomes one.
-
-    tiktoken gets all texts in one call, joined by the control token, unless one of them contains
-    its name; then they go one by one, as plain text."""
-    stop = enc._special_tokens[ENDOFTEXT]
-    if not any(len(text) > PIECE or ENDOFTEXT in text for text in texts):
-        ids = enc.encode_to_numpy(ENDOFTEXT.join([*texts, ""]), allowed_special={ENDOFTEXT},
-                                  disallowed_special=())
-        return ids, np.flatnonzero(ids == stop) + 1
-    ids = [np.concatenate([*(enc.encode_to_numpy(piece, disallowed_special=())
-                             for piece in cut_text(text, PIECE)), [stop]]) for text in texts]
-    return np.concatenate(ids).astype(np.uint32), np.cumsum([len(x) for x in ids])
+def encode(enc, text):
+    """The ids of a text, as plain text whatever it spells, and the end-of-text id."""
+    ids = [enc.encode_to_numpy(piece, disallowed_special=()) for piece in cut_text(text, PIECE)]
+    return np.concatenate([*ids, np.array([enc._special_tokens[ENDOFTEXT]], np.uint32)])
 
 
 def write_ids(f, ids, dtype):
@@ -1516,19 +1426,14 @@ def write_ids(f, ids, dtype):
 
 def encode_texts(enc, texts, path, dtype):
     """Write path.bin and path.idx (where documents end in this file). Returns the bytes of text."""
-    size, done, batch, waiting = 0, 0, [], 0
+    ends, size = [0], 0
     with open(f"{path}.bin", "wb") as ids_file, open(f"{path}.idx", "wb") as ends_file:
-        for text in itertools.chain(texts, [None]):
-            if text is not None:
-                batch.append(text)
-                waiting += len(text)
-            if batch and (text is None or waiting > 4 << 20):
-                ids, ends = encode(enc, batch)
-                write_ids(ids_file, ids, dtype)
-                write_ids(ends_file, ends + done, np.uint64)
-                done += len(ids)
-                size += sum(len(text.encode()) for text in batch)
-                batch, waiting = [], 0
+        for text in texts:
+            ids = encode(enc, text)
+            write_ids(ids_file, ids, dtype)
+            ends.append(ends[-1] + len(ids))
+            size += len(text.encode())
+        write_ids(ends_file, np.array(ends[1:], np.uint64), np.uint64)
     return size
 
 
@@ -1584,6 +1489,9 @@ def main(cfg):
     started = time.time()
     if not 0 <= cfg.val_fraction < 1:
         fail(f"--val_fraction {cfg.val_fraction}: from 0 to below 1")
+    for name in ("bands", "rows", "shingle", "eval_words"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name} {getattr(cfg, name)}: at least 1")
     for flag, names, known in (("skip", cfg.skip, ALL_RULES),
                                ("languages", cfg.languages, [*FUNCTION_WORDS, *SCRIPTS])):
         for name in names:
@@ -1594,18 +1502,22 @@ def main(cfg):
     if foreign and not (out / "manifest.json").exists():
         fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
     enc = None if cfg.tokenizer in ("train", "chars") else named_tokenizer(cfg.tokenizer)
-    group = join()
-    rank = dist.get_rank(group) if group else 0
+    group, rank = None, 0    # one process, or a stage that calls this on one of its ranks
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+        group, rank = dist.group.WORLD, dist.get_rank()
     sources = find_sources(cfg) if rank == 0 else None    # downloads what is asked for by name
-    work = out.with_name(f".{out.name}.{gather(os.getpid(), group)[0]}.tmp")
-    sources = gather(sources, group)[0]
+    sources, pid = gather((sources, os.getpid()), group)[0]
+    work = out.with_name(f".{out.name}.{pid}.tmp")
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        manifest, clock = prepare(cfg, sources, enc, work, rank, group)
+        manifest = prepare(cfg, sources, enc, work, rank, group)
         if rank == 0:
-            replace_folder(work, out)
-            clock["all"] = time.time() - started
-            report(manifest, out, ", ".join(f"{k} {v:.1f} s" for k, v in clock.items()))
+            old = work.with_suffix(".old")    # a half-written folder never has the final name
+            if out.exists():
+                os.replace(out, old)
+            os.replace(work, out)
+            shutil.rmtree(old, ignore_errors=True)
+            report(manifest, out, time.time() - started)
         gather(None, group)
     except OSError as e:
         fail(f"{e.filename or work}: {e.strerror or e}")
@@ -1616,80 +1528,77 @@ def main(cfg):
 
 
 def prepare(cfg, sources, enc, work, rank, group):
-    """Fill the working folder; rank 0 returns (manifest, seconds of each step).
+    """Fill the working folder and return the manifest (on rank 0).
 
     All ranks know 64 bytes of every document; its text stays with the rank that read it."""
-    clock, started = {}, time.time()
-    world = dist.get_world_size(group) if group else 1
-
-    def lap(name):
-        nonlocal started
-        clock[name], started = time.time() - started, time.time()
-
     # clean: every rank its chunks
-    index = build_index(cfg) if cfg.clean and "contaminated" not in cfg.skip else None
+    parts = work / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    searched = cfg.clean and "contaminated" not in cfg.skip and cfg.eval != "none"
+    index = build_index(cfg) if searched else None
     chunks, words = plan(sources), Words()
-    mine, shown = {}, time.time()
-    for n in range(rank, len(chunks), world):
-        mine[n] = clean_chunk(n, chunks[n], work, cfg, index, words)
+    mine, started = {}, time.time()
+    shown = started
+    for n in range(rank, len(chunks), dist.get_world_size(group) if group else 1):
+        mine[n] = clean_chunk(chunks[n], parts / f"{n}.text", cfg, index, words)
         if time.time() > shown + 10:
             shown = time.time()
             print0(f"  {n + 1} of {len(chunks)} chunks cleaned, {shown - started:.0f} s")
-    minhashes = [chunk.pop("minhashes") for chunk in mine.values()]
+    minhashes = [chunk.pop("minhashes") for chunk in mine.values()]    # these stay here
     every = {n: chunk for theirs in gather(mine, group) for n, chunk in theirs.items()}
     every = [every[n] for n in range(len(chunks))]
-    ledger, docs = merge(c["ledger"] for c in every), np.concatenate([c["docs"] for c in every])
+    docs, counts = np.concatenate([c["docs"] for c in every]), Counter()
+    for chunk in every:
+        counts.update(chunk["counts"])
     first = np.cumsum([0] + [len(c["docs"]) for c in every])    # each chunk's first document
-    size, kept, root = docs["size"], np.ones(len(docs), bool), np.arange(len(docs))
-    lap("clean")
+    reasons = np.array([reason for c in every for reason in c["reasons"]], object)
+    size, root = docs["size"], np.arange(len(docs))
 
-    def texts(chosen, among):
-        """(number, text) of the chosen documents in some of this rank's chunks, in order."""
+    def repeated(times, n):
+        """The numbers of the documents of chunk n, all with times > 0, then all with > 1, ..."""
+        times = times[first[n]:first[n + 1]]
+        return (first[n] + i for p in range(times.max(initial=0))
+                for i in np.flatnonzero(times > p))
+
+    def texts(times, among):
+        """(number, text) of the documents in some of this rank's chunks, as often as said."""
         for n in among:
-            with open(work / f"{n}.text", "rb") as f:
-                ends = np.cumsum(size[first[n]:first[n + 1]])
-                for i in np.flatnonzero(chosen[first[n]:first[n + 1]]):
-                    f.seek(ends[i] - size[first[n] + i])
-                    yield first[n] + i, f.read(size[first[n] + i]).decode()
-
-    def strike(step, reasons):
-        """Drop the documents that have a reason, and enter them into the ledger."""
-        nonlocal kept, ledger
-        lost = [{} for _ in chunks]
-        for n in mine:
-            with open(work / f"{n}.dropped", "a") as file:
-                for i, text in texts(reasons != "", [n]):
-                    name = document_name(chunks[n][docs["part"][i]], docs["at"][i])
-                    drop(lost[n], step, reasons[i], name, text, file if cfg.dropped else None)
-        for theirs in zip(*gather(lost, group)):
-            ledger = merge([ledger, *theirs])
-        kept = kept & (reasons == "")
-        note(ledger, step, "kept", "", int(kept.sum()), int(size[kept].sum()))
+            with open(parts / f"{n}.text", "rb") as f:
+                starts = np.cumsum(size[first[n]:first[n + 1]]) - size[first[n]:first[n + 1]]
+                for i in repeated(times, n):
+                    f.seek(starts[i - first[n]])
+                    yield i, f.read(size[i]).decode()
 
     # deduplicate, decontaminate
     if cfg.clean:
-        numbers = [np.arange(first[n], first[n + 1], dtype=np.uint64) for n in mine]
-        numbers = np.concatenate(numbers or [np.zeros(0, np.uint64)])
-        minhashes = np.concatenate(minhashes or [np.zeros((0, cfg.bands * cfg.rows), np.uint32)])
-
-        def band_rows(band):
-            """(N, 2): the key of the band, and the number, of each of this rank's documents."""
-            columns = minhashes[:, band * cfg.rows:(band + 1) * cfg.rows].T.astype(np.uint64)
-            *_, (_, key) = growing(columns, cfg.rows)
-            return np.stack([key.reshape(-1), numbers], axis=1)
-
-        verdict, root = duplicates(docs, band_rows, cfg, group)
-        strike("deduplicate", verdict)
-        lap("deduplicate")
+        numbers = [first[n] + mine[n]["numbers"] for n in mine]
+        numbers = np.concatenate([np.zeros(0, int), *numbers])
+        minhashes = np.concatenate([np.zeros((0, cfg.bands * cfg.rows), np.uint32), *minhashes])
+        reasons, root = duplicates(docs, reasons, numbers, minhashes, cfg, group)
     if index:
         hits = [c["hits"] + np.array([first[n], 0], np.uint64) for n, c in enumerate(every)]
-        goes, index["found"] = contaminated(np.concatenate(hits), kept, index, cfg.eval_common)
-        strike("decontaminate", np.where(goes, "contaminated", "").astype(object))
-        lap("decontaminate")
+        goes, index["found"] = contaminated(np.concatenate(hits), reasons == "", index,
+                                            cfg.eval_common)
+        reasons[goes] = "contaminated"
+    kept = reasons == ""
     if not kept.any():
-        fail(f"--input {' '.join(cfg.input)}: nothing is left of "
-             f"{ledger.get(('read', 'kept', ''), [0])[0]} documents after cleaning; leave rules "
-             f"out with --skip, or all of them with --no-clean")
+        why = ", ".join(f"{n} {name}" for name, n in Counter(reasons).most_common(3)) or "no text"
+        fail(f"--input {' '.join(cfg.input)}: nothing is left of {len(docs)} documents ({why}); "
+             f"leave rules out with --skip, or all of them with --no-clean")
+
+    # what was dropped: three examples for each reason, and on request all of it
+    shown, examples = np.zeros(len(docs), int), {}
+    for reason in {*reasons[~kept]}:
+        shown[np.flatnonzero(reasons == reason)[:3]] = 1
+    for n in mine:
+        with open(parts / f"{n}.dropped", "w") as f:
+            for i, text in texts(1 * ~kept if cfg.dropped else shown, [n]):
+                name = document_name(chunks[n][docs["part"][i]], docs["at"][i])
+                if shown[i]:
+                    examples[i] = f"{name}: {' '.join(text[:200].split())[:60]}"
+                if cfg.dropped:
+                    f.write(json.dumps(dict(document=name, reason=reasons[i], text=text)) + "\n")
+    examples = {i: text for theirs in gather(examples, group) for i, text in theirs.items()}
 
     # split by duplicate cluster, mix the sources
     cluster_key = docs["key"][:, 0].copy()
@@ -1701,78 +1610,67 @@ def prepare(cfg, sources, enc, work, rank, group):
         if t > 4:
             print0(f"warning: {item} is seen {t:.1f} times; more than 4 epochs teach little")
     copies = np.floor(times[docs["source"]] + docs["key"][:, 1] / 2.0 ** 64).astype(int)
-    copies *= chars > 0
+    copies, rest = copies * (chars > 0), 1 * (kept & (chars < docs["chars"]))
     share = cfg.tokenizer_bytes / max(1, (copies * size).sum())
     sample = docs["key"][:, 0] * FACTOR / 2.0 ** 64 < share
 
-    def train_texts(chosen, among):
-        return (text[:chars[i]] for i, text in texts(chosen, among))
+    def train_texts(times, among):
+        return (text[:chars[i]] for i, text in texts(times, among))
 
     def val_texts(among):
-        return (text[chars[i]:] for i, text in texts(kept & (chars < docs["chars"]), among))
+        return (text[chars[i]:] for i, text in texts(rest, among))
 
     # tokenizer, from the training text as it is mixed
-    passes = range(copies.max(initial=0))
     if cfg.tokenizer == "train":
-        counts = count_pieces(text for p in passes
-                              for text in train_texts((copies > p) & sample, mine))
-        enc = trained_tokenizer(sum(gather(counts, group), Counter()), cfg.vocab_size)
+        pieces = count_pieces(train_texts(copies * sample, mine))
+        enc = trained_tokenizer(sum(gather(pieces, group), Counter()), cfg.vocab_size)
     elif cfg.tokenizer == "chars":
-        letters = set().union(*train_texts(copies > 0, mine), *val_texts(mine))
+        letters = set().union(*train_texts(copies, mine), *val_texts(mine))
         enc = chars_tokenizer(set().union(*gather(letters, group)))
-    lap("tokenizer")
 
-    # encode: files for each chunk and pass, which rank 0 puts together
+    # encode: files for each chunk, which rank 0 puts together
     dtype, text_bytes = np.uint16 if enc.n_vocab <= 2 ** 16 else np.uint32, Counter()
     for n in mine:
-        for p in passes:
-            path = work / f"train.{p}.{n}"
-            text_bytes["train"] += encode_texts(enc, train_texts(copies > p, [n]), path, dtype)
-        text_bytes["val"] += encode_texts(enc, val_texts([n]), work / f"val.0.{n}", dtype)
+        for name, part in (("train", train_texts(copies, [n])), ("val", val_texts([n]))):
+            text_bytes[name] += encode_texts(enc, part, parts / f"{name}.{n}", dtype)
     text_bytes = sum(gather(text_bytes, group), Counter())
     if rank:
-        return None, None
+        return None
     manifest = dict(format=1, dtype=np.dtype(dtype).name, vocab_size=enc.n_vocab,
                     encoding_hash=encoding_hash(enc), tokens={}, documents={}, bytes={}, sha256={})
-    for name, count in (("train", len(passes)), ("val", 1)):
-        pieces = [work / f"{name}.{p}.{n}" for p in range(count) for n in range(len(chunks))]
+    for name in ("train", "val"):
+        pieces = [parts / f"{name}.{n}" for n in range(len(chunks))]
         manifest["documents"][name], manifest["tokens"][name] = join_files(pieces, work / name)
         manifest["bytes"][name] = text_bytes[name]
         manifest["sha256"][name] = file_hash(work / f"{name}.bin")
     manifest["sources"] = [
         dict(input=cfg.input[n], weight=weight, epochs=round(float(times[n]), 4), files=len(files),
-             **source_facts(ledger, n)) for n, (weight, files) in enumerate(sources)]
+             documents=int((docs["source"] == n).sum()),
+             bytes=int(docs["read"][docs["source"] == n].sum()),
+             broken_utf8=counts[n, "broken", ""],
+             licences={k[2]: counts[k] for k in sorted(counts, key=str) if k[:2] == (n, "licence")},
+             newest=max(k[2] for k in counts if k[:2] == (n, "date")))
+        for n, (weight, files) in enumerate(sources)]
     manifest["knowledge_cutoff"] = max(source["newest"] for source in manifest["sources"])
     manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k not in ("out", "downloads")}
     searched = cfg.clean and "near_duplicate" not in cfg.skip
     manifest["near_duplicates"] = {    # the S-curve: Jaccard similarity -> chance to be found
         str(s): round(s_curve(s, cfg.bands, cfg.rows), 4)
         for s in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9) if searched}
-    manifest["ledger"] = ledger_rows(ledger)
+    steps = list(STEPS)[:6 if index else 5 if cfg.clean else 1]
+    manifest["ledger"] = make_ledger(steps, docs, reasons, counts, examples)
     with open(work / "train.copies", "wb") as f:
-        for p in passes:
-            write_ids(f, np.bincount(root)[root[copies > p]], np.uint32)
+        for n in range(len(chunks)):
+            write_ids(f, np.bincount(root)[root[list(repeated(copies, n))]], np.uint32)
     (work / "encoding.json").write_text(json.dumps(encoding_to_dict(enc), indent=1))
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     if index:
-        save_index(index, work / "eval_index.npz")
+        np.savez(work / "eval_index.npz", **{name: index[name] for name in INDEX})    # no dates
     if cfg.dropped:
-        dropped = [(work / f"{n}.dropped").read_bytes() for n in range(len(chunks))]
+        dropped = [(parts / f"{n}.dropped").read_bytes() for n in range(len(chunks))]
         (work / "dropped.jsonl").write_bytes(b"".join(dropped))
-    for pattern in ("*.text", "*.dropped", "train.*.*", "val.*.*"):
-        for file in work.glob(pattern):
-            file.unlink()
-    lap("encode")
-    return manifest, clock
-
-
-def replace_folder(work, out):
-    """Put the finished folder in place of the old one; a half-written one never has its name."""
-    old = work.with_suffix(".old")
-    if out.exists():
-        os.replace(out, old)
-    os.replace(work, out)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(parts)
+    return manifest
 
 
 if __name__ == "__main__":

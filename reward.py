@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import (IM_END, PAD, GPT, Log, ScalarHead, add_lora, at_last, cosine_lr, duration, fail,
-                   keep_valid, lineage, load_checkpoint, load_model, make_optimizers, pad_batch,
-                   parse_args, peak_memory, pick, print0, read_rows, render_reply, save_checkpoint,
-                   seed_step, setup, sum_over_ranks, to_messages, to_pair)
+from model import (GPT, IM_END, PAD, Log, ScalarHead, add_lora, at_last, cosine_lr, duration, fail,
+                   keep_valid, lineage, load_adapted, load_checkpoint, load_model, make_optimizers,
+                   pad_batch, parse_args, peak_memory, pick, print0, read_rows, render_reply,
+                   save_checkpoint, seed_step, setup, sum_over_ranks, to_messages, to_pair)
 
 
 @dataclass
@@ -255,8 +255,8 @@ def main(cfg):
         raw = ScalarHead(raw).to(d.device)
     if cfg.lora_rank:
         add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-        if cfg.resume:
-            raw.load_state_dict(checkpoint["adapted"], strict=False)
+    if cfg.resume:
+        load_adapted(raw, checkpoint)
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
 
     # data

@@ -38,11 +38,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from evaluate import grade
-from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, at_last, cosine_lr,
-                   duration, encoding_hash, fail, generate, keep_valid, lineage, load_checkpoint,
-                   load_model, make_optimizers, masked_mean, parse_args, peak_memory, pick, print0,
-                   read_rows, render_chat, save_checkpoint, seed_step, setup, sum_over_ranks,
-                   to_prompt, token_logprobs)
+from model import (GPT, IM_END, PAD, Log, Reference, ScalarHead, add_lora, at_last, cosine_lr,
+                   duration, encoding_hash, fail, generate, keep_valid, lineage, load_adapted,
+                   load_checkpoint, load_model, make_optimizers, masked_mean, parse_args,
+                   peak_memory, pick, print0, read_rows, render_chat, save_checkpoint, seed_step,
+                   setup, sum_over_ranks, to_prompt, token_logprobs)
 
 
 @dataclass
@@ -410,8 +410,9 @@ def main(cfg):
     else:
         ref.frozen = load_model(first, d.device)[0].requires_grad_(False)
     if cfg.resume:
-        if cfg.lora_rank:
-            raw.load_state_dict(checkpoint["adapted"], strict=False)
+        load_adapted(raw, checkpoint)
+        if checkpoint["stage_config"]["algo"] != cfg.algo:
+            fail(f"{cfg.out} was made with --algo {checkpoint['stage_config']['algo']}")
         if raw_critic:
             raw_critic.load_state_dict(checkpoint["critic"])
     for model in filter(None, (raw, raw_critic, ref.frozen)):

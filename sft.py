@@ -31,8 +31,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pretrain
-from model import (IM_END, PAD, GPT, Log, add_lora, can_compile, cosine_lr, duration, encoding_hash,
-                   fail, generate, keep_valid, lineage, load_checkpoint, load_model,
+from model import (GPT, IM_END, PAD, Log, add_lora, can_compile, cosine_lr, duration, encoding_hash,
+                   fail, generate, keep_valid, lineage, load_adapted, load_checkpoint, load_model,
                    make_optimizers, parse_args, peak_flops, peak_memory, pick, print0, read_rows,
                    render_chat, save_checkpoint, seed_step, setup, sum_over_ranks, to_messages,
                    token_logprobs)
@@ -205,8 +205,8 @@ def main(cfg):
         fail(f"{cfg.init} is a reward model; give a language model")
     if cfg.lora_rank:
         add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-        if cfg.resume:
-            raw.load_state_dict(checkpoint["adapted"], strict=False)
+    if cfg.resume:
+        load_adapted(raw, checkpoint)
     T, pad_id = min(cfg.block_size, raw.config.block_size), enc._special_tokens[PAD]
 
     # data
@@ -226,6 +226,8 @@ def main(cfg):
         if encoding_hash(sources[0]["enc"]) != encoding_hash(enc):
             fail(f"{cfg.replay_data} was made with another tokenizer than {cfg.init}; prepare it "
                  f"with --tokenizer {cfg.init}, or set --replay 0 --replay_data none")
+        if n_replay and len(sources[0]["train"]) <= T:
+            fail(f"{cfg.replay_data} has fewer than one window of {T} + 1 tokens; set --replay 0")
     elif n_replay:
         print0(f"no tokens in {cfg.replay_data}: training without replay, without bits per byte")
         n_replay = 0

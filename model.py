@@ -27,7 +27,6 @@ import time
 import types
 import typing
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 

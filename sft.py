@@ -5,7 +5,7 @@ In:   out/base.pt, demonstrations (data/sft.jsonl: OpenAI messages, ShareGPT, Al
 Out:  out/sft.pt (one self-contained checkpoint) and out/sft.jsonl (one JSON line per step)
 
     python sft.py                                             # laptop: the embedded data, a minute
-    python sft.py --init DIR --data mine.jsonl --lora_rank 16 # one GPU, a downloaded model
+    python sft.py --init DIR --data mine.jsonl --lora_rank 16  # a downloaded model
     torchrun --standalone --nproc_per_node=8 sft.py --data mine.jsonl
 
 Loss: -(1/N) sum of ln p(token | tokens before it) over what the assistant says and its end-of-turn

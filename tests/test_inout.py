@@ -296,7 +296,7 @@ def test_the_model_card_says_where_a_model_comes_from(tmp_path):
     head = card.split("---\n")[1]
     assert card.startswith("---\n") and 'license: "cc0"' in head and "library_name: transformers" in head
     for fact in ("town.txt", "1,234 documents", "CC0 (12)", "5,678 tokens", "2024-05", "spam 3", "**pretrain**, 11 steps",
-                 '"rate": 0.25', "**sft**, 22 steps", "mine.jsonl", "| facts (%) | 62.5 | 50 to 75 | 80 |", "weaknesses"):
+                 '"rate": 0.25', "**sft**, 22 steps", "mine.jsonl", "| facts (%) | 62.5 | 50 to 75 | 80 |", "Weaknesses"):
         assert fact in card, fact
     assert m.lineage(None) == [] and [step["stage"] for step in history] == ["pretrain"]
 

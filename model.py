@@ -1,7 +1,9 @@
 """What every stage shares: command line, devices, tokenizer, model, sampling, optimizers, files.
 
 Only arithmetic and formats that must be bit-identical in several stages live here; the training
-loop stands in each stage script. Nothing below runs on import.
+loop stands in each stage script. Nothing below runs on import. As a script it exports:
+
+    python model.py export out/sft.pt exported    # a folder that transformers loads
 
 Shapes: B batch, T time, S cached time, C channels, H heads, K key heads, D head size, V vocabulary.
 Conventions: padding is on the right; masks are 1 where a token counts; log-probs are float32 nats.
@@ -1152,19 +1154,18 @@ LETTERS = {b: chr(b) for b in PRINTABLE} | {
     b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
 BYTES = {letter: b for b, letter in LETTERS.items()}
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 WEIGHT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file, memory-mapped: 8 bytes length, JSON header, data."""
-    size = path.stat().st_size if path.exists() else fail(f"{path} is missing")
-    data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    if size < 8 or start > size:
-        fail(f"{path}: its header would end at byte {start} of {size}; is the file complete?")
     tensors = {}
     try:
+        size = path.stat().st_size
+        data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        if size < 8 or start > size:
+            fail(f"{path}: its header would end at byte {start} of {size}; is the file complete?")
         for name, entry in json.loads(data[8:start].tobytes()).items():
             if name == "__metadata__":
                 continue
@@ -1177,6 +1178,8 @@ def read_safetensors(path):
             if not start <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
                 fail(f"{path}: {name} has {end - begin} bytes, not those of shape {shape}")
             tensors[name] = torch.from_numpy(data[begin:end]).view(dtype).view(shape)
+    except OSError as e:
+        fail(f"{path} is missing" if not path.exists() else f"cannot read {path}: {e.strerror}")
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         fail(f"{path}: damaged header ({type(e).__name__}: {e})")
     return tensors
@@ -1188,56 +1191,52 @@ def import_config(path):
 
     def get(name, default=None, kind=int):
         value = default if c.get(name) is None else c[name]
-        if type(value) is not kind or kind is int and value < 1:
+        if type(value) is not kind or kind is int and not 1 <= value < 2 ** 24:
             fail(f"{path}: {name} is {value!r}, expected {kind.__name__}")
         return value
 
-    family = c.get("model_type")
-    if family not in FAMILIES:
-        fail(f"{path}: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
-    rope = {"rope_theta": c.get("rope_theta")}    # of old, then under one roof in transformers 5
-    rope |= (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for name, value, supported in (
-            ("hidden_act", c.get("hidden_act"), ("silu", None)),
-            ("attention_bias", c.get("attention_bias"), (False, None)),
-            ("mlp_bias", c.get("mlp_bias"), (False, None)),
-            ("quantization_config", c.get("quantization_config"), (None,)),
-            ("rope_type", rope_type, ("default", "llama3")),
-            ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None))):
-        if value not in supported:
-            fail(f"{path}: {name} {value!r} is not supported")
-    scaling = None
-    if rope_type == "llama3":
-        scaling = dict(rope_type="llama3")
-        for name in ("factor", "low_freq_factor", "high_freq_factor",
-                     "original_max_position_embeddings"):
-            if type(rope.get(name)) not in (int, float):
-                fail(f"{path}: {name} is {rope.get(name)!r}, expected a number")
-            scaling[name] = rope[name]
-    n_layer, n_head = get("num_hidden_layers"), get("num_attention_heads")
-    context, nope = get("max_position_embeddings"), []
-    if c.get("use_sliding_window", family == "mistral"):
-        window = c.get("sliding_window", 4096) or context
-        if window < context:    # up to there a sliding window is no window at all
-            print0(f"{path}: context {window} instead of {context}, its sliding window")
-            context = window
-    if family == "smollm3":
-        every = c.get("no_rope_layer_interval", 4)
-        flags = c.get("no_rope_layers") or [(i + 1) % every for i in range(n_layer)]
-        nope = [i for i, has_rope in enumerate(flags[:n_layer]) if not has_rope]
-    eos = c.get("eos_token_id")
     try:
-        return GPTConfig(
-            context, get("vocab_size"), n_layer, n_head, get("num_key_value_heads", n_head),
-            get("hidden_size"), get("intermediate_size"), c.get("head_dim"), family == "qwen3",
-            family == "qwen2", get("tie_word_embeddings", family == "smollm3", bool),
-            norm_eps=get("rms_norm_eps", 1e-6, float),
-            rope_base=float(rope.get("rope_theta") or (2e6 if family == "smollm3" else 1e4)),
-            rope_scaling=scaling, nope_layers=nope or None), (
-            eos[0] if isinstance(eos, list) and eos else eos)
-    except (ValueError, TypeError) as e:
-        fail(f"{path}: {e}")
+        family = c.get("model_type")
+        rope = {"rope_theta": c.get("rope_theta")}    # of old, then under one roof
+        rope |= (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        for name, value, supported in (
+                ("model_type", family, ("llama", "mistral", "qwen2", "qwen3", "smollm3")),
+                ("hidden_act", c.get("hidden_act"), ("silu", None)),
+                ("attention_bias", c.get("attention_bias"), (False, None)),
+                ("mlp_bias", c.get("mlp_bias"), (False, None)),
+                ("quantization_config", c.get("quantization_config"), (None,)),
+                ("rope_type", kind, ("default", "llama3")),
+                ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None))):
+            if value not in supported:
+                fail(f"{path}: {name} {value!r} is not supported, only {supported[0]!r}"
+                     + "".join(f", {s!r}" for s in supported[1:] if s))
+        scaling = None if kind == "default" else dict(rope_type="llama3", **{
+            name: rope[name] + 0 for name in ("factor", "low_freq_factor", "high_freq_factor",
+                                              "original_max_position_embeddings")})
+        layers, heads = get("num_hidden_layers"), get("num_attention_heads")
+        context, nope = get("max_position_embeddings"), []
+        if c.get("use_sliding_window", family == "mistral"):
+            window = c.get("sliding_window", 4096) or context
+            if window < context:    # up to there a sliding window is no window at all
+                print0(f"{path}: context {window} instead of {context}, its sliding window")
+                context = window
+        if family == "smollm3":
+            every = c.get("no_rope_layer_interval", 4)
+            flags = c.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
+            nope = [i for i in range(layers) if not flags[i]]
+        config = GPTConfig(
+            context, get("vocab_size"), layers, heads, get("num_key_value_heads", heads),
+            get("hidden_size"), get("intermediate_size"),
+            get("head_dim", get("hidden_size") // heads), family == "qwen3", family == "qwen2",
+            get("tie_word_embeddings", family == "smollm3", bool),
+            norm_eps=get("rms_norm_eps", 1e-6, float), rope_scaling=scaling,
+            rope_base=float(rope["rope_theta"] or (2e6 if family == "smollm3" else 1e4)),
+            nope_layers=nope or None)
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as e:
+        fail(f"{path}: a field is missing or damaged ({type(e).__name__}: {e})")
+    eos = c.get("eos_token_id")
+    return config, eos[0] if isinstance(eos, list) and eos else eos
 
 
 def last_pair(ranks, token):
@@ -1310,6 +1309,8 @@ def import_tokenizer(path, vocab_size=0, eos=None):
         if ENDOFTEXT not in special and names.get(eos, PAD) not in (IM_START, IM_END, PAD):
             special[ENDOFTEXT] = eos
         known = {*ranks.values(), *special.values()}
+        if not all(type(i) is int and 0 <= i < 2 ** 24 for i in known):
+            raise ValueError("an id is not one")
         free = itertools.count(max(known) + 1)
         if not model.get("ignore_merges"):    # else whole pieces are tokens, and bytes need not be
             ranks |= {bytes([b]): next(free) for b in range(256)

@@ -1,7 +1,9 @@
 """What every stage shares: command line, devices, tokenizer, model, sampling, optimizers, files.
 
 Only arithmetic and formats that must be bit-identical in several stages live here; the training
-loop stands in each stage script. Nothing below runs on import.
+loop stands in each stage script. Nothing below runs on import. As a script it exports:
+
+    python model.py export out/sft.pt exported    # a folder that transformers loads
 
 Shapes: B batch, T time, S cached time, C channels, H heads, K key heads, D head size, V vocabulary.
 Conventions: padding is on the right; masks are 1 where a token counts; log-probs are float32 nats.
@@ -27,7 +29,6 @@ import time
 import types
 import typing
 import unicodedata
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1052,7 +1053,7 @@ def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
 def lineage(checkpoint):
     """How a checkpoint came about, oldest first: [dict(stage, step, settings, data)]; [] for None.
 
-    A stage keeps that of its --init as state["history"], and what it learned from in state["data"].
+    A stage keeps that of its --init as state["history"], what it learned from in state["data"].
     """
     if checkpoint is None:
         return []
@@ -1157,19 +1158,18 @@ LETTERS = {b: chr(b) for b in PRINTABLE} | {
     b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
 BYTES = {letter: b for b, letter in LETTERS.items()}
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 WEIGHT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file, memory-mapped: 8 bytes length, JSON header, data."""
-    size = path.stat().st_size if path.exists() else fail(f"{path} is missing")
-    data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    if size < 8 or start > size:
-        fail(f"{path}: its header would end at byte {start} of {size}; is the file complete?")
     tensors = {}
     try:
+        size = path.stat().st_size
+        data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        if size < 8 or start > size:
+            fail(f"{path}: its header would end at byte {start} of {size}; is the file complete?")
         for name, entry in json.loads(data[8:start].tobytes()).items():
             if name == "__metadata__":
                 continue
@@ -1182,6 +1182,8 @@ def read_safetensors(path):
             if not start <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
                 fail(f"{path}: {name} has {end - begin} bytes, not those of shape {shape}")
             tensors[name] = torch.from_numpy(data[begin:end]).view(dtype).view(shape)
+    except OSError as e:
+        fail(f"{path} is missing" if not path.exists() else f"cannot read {path}: {e.strerror}")
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         fail(f"{path}: damaged header ({type(e).__name__}: {e})")
     return tensors
@@ -1193,56 +1195,52 @@ def import_config(path):
 
     def get(name, default=None, kind=int):
         value = default if c.get(name) is None else c[name]
-        if type(value) is not kind or kind is int and value < 1:
+        if type(value) is not kind or kind is int and not 1 <= value < 2 ** 24:
             fail(f"{path}: {name} is {value!r}, expected {kind.__name__}")
         return value
 
-    family = c.get("model_type")
-    if family not in FAMILIES:
-        fail(f"{path}: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
-    rope = {"rope_theta": c.get("rope_theta")}    # of old, then under one roof in transformers 5
-    rope |= (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for name, value, supported in (
-            ("hidden_act", c.get("hidden_act"), ("silu", None)),
-            ("attention_bias", c.get("attention_bias"), (False, None)),
-            ("mlp_bias", c.get("mlp_bias"), (False, None)),
-            ("quantization_config", c.get("quantization_config"), (None,)),
-            ("rope_type", rope_type, ("default", "llama3")),
-            ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None))):
-        if value not in supported:
-            fail(f"{path}: {name} {value!r} is not supported")
-    scaling = None
-    if rope_type == "llama3":
-        scaling = dict(rope_type="llama3")
-        for name in ("factor", "low_freq_factor", "high_freq_factor",
-                     "original_max_position_embeddings"):
-            if type(rope.get(name)) not in (int, float):
-                fail(f"{path}: {name} is {rope.get(name)!r}, expected a number")
-            scaling[name] = rope[name]
-    n_layer, n_head = get("num_hidden_layers"), get("num_attention_heads")
-    context, nope = get("max_position_embeddings"), []
-    if c.get("use_sliding_window", family == "mistral"):
-        window = c.get("sliding_window", 4096) or context
-        if window < context:    # up to there a sliding window is no window at all
-            print0(f"{path}: context {window} instead of {context}, its sliding window")
-            context = window
-    if family == "smollm3":
-        every = c.get("no_rope_layer_interval", 4)
-        flags = c.get("no_rope_layers") or [(i + 1) % every for i in range(n_layer)]
-        nope = [i for i, has_rope in enumerate(flags[:n_layer]) if not has_rope]
-    eos = c.get("eos_token_id")
     try:
-        return GPTConfig(
-            context, get("vocab_size"), n_layer, n_head, get("num_key_value_heads", n_head),
-            get("hidden_size"), get("intermediate_size"), c.get("head_dim"), family == "qwen3",
-            family == "qwen2", get("tie_word_embeddings", family == "smollm3", bool),
-            norm_eps=get("rms_norm_eps", 1e-6, float),
-            rope_base=float(rope.get("rope_theta") or (2e6 if family == "smollm3" else 1e4)),
-            rope_scaling=scaling, nope_layers=nope or None), (
-            eos[0] if isinstance(eos, list) and eos else eos)
-    except (ValueError, TypeError) as e:
-        fail(f"{path}: {e}")
+        family = c.get("model_type")
+        rope = {"rope_theta": c.get("rope_theta")}    # of old, then under one roof
+        rope |= (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        for name, value, supported in (
+                ("model_type", family, ("llama", "mistral", "qwen2", "qwen3", "smollm3")),
+                ("hidden_act", c.get("hidden_act"), ("silu", None)),
+                ("attention_bias", c.get("attention_bias"), (False, None)),
+                ("mlp_bias", c.get("mlp_bias"), (False, None)),
+                ("quantization_config", c.get("quantization_config"), (None,)),
+                ("rope_type", kind, ("default", "llama3")),
+                ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None))):
+            if value not in supported:
+                fail(f"{path}: {name} {value!r} is not supported, only {supported[0]!r}"
+                     + "".join(f", {s!r}" for s in supported[1:] if s))
+        scaling = None if kind == "default" else dict(rope_type="llama3", **{
+            name: rope[name] + 0 for name in ("factor", "low_freq_factor", "high_freq_factor",
+                                              "original_max_position_embeddings")})
+        layers, heads = get("num_hidden_layers"), get("num_attention_heads")
+        context, nope = get("max_position_embeddings"), []
+        if c.get("use_sliding_window", family == "mistral"):
+            window = c.get("sliding_window", 4096) or context
+            if window < context:    # up to there a sliding window is no window at all
+                print0(f"{path}: context {window} instead of {context}, its sliding window")
+                context = window
+        if family == "smollm3":
+            every = c.get("no_rope_layer_interval", 4)
+            flags = c.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
+            nope = [i for i in range(layers) if not flags[i]]
+        config = GPTConfig(
+            context, get("vocab_size"), layers, heads, get("num_key_value_heads", heads),
+            get("hidden_size"), get("intermediate_size"),
+            get("head_dim", get("hidden_size") // heads), family == "qwen3", family == "qwen2",
+            get("tie_word_embeddings", family == "smollm3", bool),
+            norm_eps=get("rms_norm_eps", 1e-6, float), rope_scaling=scaling,
+            rope_base=float(rope["rope_theta"] or (2e6 if family == "smollm3" else 1e4)),
+            nope_layers=nope or None)
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as e:
+        fail(f"{path}: a field is missing or damaged ({type(e).__name__}: {e})")
+    eos = c.get("eos_token_id")
+    return config, eos[0] if isinstance(eos, list) and eos else eos
 
 
 def last_pair(ranks, token):
@@ -1315,6 +1313,8 @@ def import_tokenizer(path, vocab_size=0, eos=None):
         if ENDOFTEXT not in special and names.get(eos, PAD) not in (IM_START, IM_END, PAD):
             special[ENDOFTEXT] = eos
         known = {*ranks.values(), *special.values()}
+        if not all(type(i) is int and 0 <= i < 2 ** 24 for i in known):
+            raise ValueError("an id is not one")
         free = itertools.count(max(known) + 1)
         if not model.get("ignore_merges"):    # else whole pieces are tokens, and bytes need not be
             ranks |= {bytes([b]): next(free) for b in range(256)
@@ -1472,60 +1472,49 @@ def write_safetensors(path, tensors, dtype):
 
 def model_card(checkpoint, path, public, size):
     """README.md of an exported model: what a stranger must know, as far as the checkpoint knows."""
-    steps = lineage(checkpoint)
-    texts = [source for step in steps for source in step["data"]]
-    licences = Counter()
-    for text in texts:
+    steps, data, licences = lineage(checkpoint), [], set()
+    for text in (text for step in steps for text in step["data"]):
         for source in text["sources"] or ():
-            licences.update(source.get("licences", {}))
-    licence = next(iter(licences)) if len(licences) == 1 else "other"
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation",
-             f"license: {json.dumps(licence.lower())}", "tags:",
-             *(f"- {step['stage']}" for step in steps), "---", f"# {Path(path).stem}", "", f"A {public['architectures'][0]} of {size:,} parameters: "
-             f"{public['num_hidden_layers']} layers x {public['hidden_size']}, context "
-             f"{public['max_position_embeddings']} tokens, {public['vocab_size']:,} tokens in the "
-             f"vocabulary. Made by: {', '.join(step['stage'] for step in steps)}.", "",
-             "Chats are ChatML (see the template in tokenizer_config.json); a turn ends with "
-             "`<|im_end|>`, a text with the end-of-text token. No token stands before a text.", "",
-             "## What it was trained on", ""]
-    for text in texts:
-        for source in text["sources"] or ():
-            found = ", ".join(f"{k} ({n})" for k, n in source.get("licences", {}).items())
-            lines.append(f"- `{source['input']}`: {source['documents']:,} documents read, "
-                         f"{source['epochs']:g} epochs; licences stated in it: {found or 'none'}")
-        dropped = ", ".join(f"{k} {n:,}" for k, n in text["dropped"].items())
-        lines += [f"- {text['tokens']['train']:,} tokens of training text; dropped documents: "
-                  f"{dropped or 'none'}; newest date found (knowledge cutoff): "
-                  f"{text['knowledge_cutoff'] or 'unknown'}"]
-    lines += ["Unknown: the checkpoint does not say."] * (not texts) + ["", "## Stages", ""]
-    for step in steps:
-        settings = ", ".join(f"{k} {v}" for k, v in step["settings"].items() if v not in ("", None))
-        lines += [f"- **{step['stage']}**, {step['step']:,} steps. {settings}"]
-    lines += ["", "## Evaluation", "", *evaluation_table(Path(path)), "", "## Known weaknesses", "",
-              "It invents facts fluently, more so the smaller it is; it knows nothing after its "
-              "training text; refusals and admissions of ignorance are habits of style that a new "
-              "wording can break. Text in a chat that looks like a control token is read as one by "
-              "transformers, though not here. Try it on your own cases before relying on it.", ""]
-    return "\n".join(lines)
+            stated = source.get("licences", {})
+            licences |= stated.keys()
+            data.append(f"- `{source['input']}`: {source['documents']:,} documents, "
+                        f"{source['epochs']:g} epochs; licences stated: "
+                        + (", ".join(f"{k} ({n:,})" for k, n in stated.items()) or "none"))
+        dropped = ", ".join(f"{k} {n:,}" for k, n in text["dropped"].items()) or "none"
+        data.append(f"- {text['tokens']['train']:,} tokens; newest date (knowledge cutoff): "
+                    f"{text['knowledge_cutoff'] or 'unknown'}; documents dropped: {dropped}")
+    stages = [f"- **{step['stage']}**, {step['step']:,} steps: `{json.dumps(step['settings'])}`"
+              for step in steps]
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "license: "
+        + json.dumps(min(licences).lower() if len(licences) == 1 else "other"), "tags:",
+        *(f"- {step['stage']}" for step in steps), "---", f"# {Path(path).stem}", "",
+        f"A {public['architectures'][0]} of {size:,} parameters, {public['num_hidden_layers']} "
+        f"layers x {public['hidden_size']}, context {public['max_position_embeddings']:,} tokens, "
+        f"vocabulary {public['vocab_size']:,}; stages: {', '.join(s['stage'] for s in steps)}. "
+        "Chats are ChatML (the template is in tokenizer_config.json); no token starts a text.", "",
+        "## Training data", "", *(data or ["The checkpoint does not say."]), "", "## Stages", "",
+        *stages, "", "## Evaluation", "", *evaluation_table(Path(path)), "", "## Weaknesses", "",
+        "It invents facts fluently, the more so the smaller it is, and knows nothing after its "
+        "training text; refusals and admissions of ignorance are habits that a new wording can "
+        "break. What looks like a control token in a chat is one to transformers, though not to "
+        "the code it was trained with. Try it on your own cases before you rely on it.", ""])
 
 
 def evaluation_table(path):
-    """Lines about this checkpoint from the report.json of evaluate.py that lies beside it."""
+    """Lines about this checkpoint from the report that evaluate.py wrote beside it."""
     file = path.parent / "report" / "report.json"
     report = read_json(file) if file.exists() else {}
-    name = next((name for name, c in report.get("checkpoints", {}).items()
-                 if Path(c["path"]).resolve() == path.resolve()), None)
-    rows = [(row, row["values"][name]) for row in report.get("metrics", [])
-            if name in row["values"]]
-    if not rows:
-        return ["None yet: run `python evaluate.py` and export again."]
+    names = [name for name, c in report.get("checkpoints", {}).items()
+             if Path(c["path"]).resolve() == path.resolve()]
     lines = ["| measure | value | 95 % interval | items |", "|---|---|---|---|"]
-    for row, v in rows:
-        scale = 100 if row["unit"] == "%" else 1
-        value, low, high = (f"{scale * (v[k] or 0):.4g}" for k in ("value", "low", "high"))
-        lines += [f"| {row['name']} ({row['unit']}) | {value} | "
-                  f"{f'{low} to {high}' if v['low'] is not None else '-'} | {v['n']:,} |"]
-    return lines
+    for row in report.get("metrics", []):
+        for v in (row["values"][name] for name in names if name in row["values"]):
+            value, low, high = (f"{(v[k] or 0) * (100 if row['unit'] == '%' else 1):.4g}"
+                                for k in ("value", "low", "high"))
+            lines.append(f"| {row['name']} ({row['unit']}) | {value} | "
+                         f"{'-' if v['low'] is None else f'{low} to {high}'} | {v['n']:,} |")
+    return lines if names else ["None yet: run `python evaluate.py` and export again."]
 
 
 def export_model(path, folder, dtype="float32"):

@@ -5,7 +5,7 @@ In:   out/base.pt, demonstrations (data/sft.jsonl: OpenAI messages, ShareGPT, Al
 Out:  out/sft.pt (one self-contained checkpoint) and out/sft.jsonl (one JSON line per step)
 
     python sft.py                                             # laptop: the embedded data, a minute
-    python sft.py --init DIR --data mine.jsonl --lora_rank 16 # one GPU, a downloaded model
+    python sft.py --init DIR --data mine.jsonl --lora_rank 16  # a downloaded model
     torchrun --standalone --nproc_per_node=8 sft.py --data mine.jsonl
 
 Loss: -(1/N) sum of ln p(token | tokens before it) over what the assistant says and its end-of-turn
@@ -47,6 +47,7 @@ class Config:
     show_batch: bool = False               # print the first row coloured by mask, train nothing
     # data
     pack: bool = True                      # several conversations a row; no: one, padded
+    block_size: int = 2048                 # row, tokens; at most the context of the model
     val_fraction: float = 0.04             # share of the conversations held out
     replay: float = 0.1                    # rows of pretraining text per row of conversations
     replay_data: str = "out/tokens"        # folder of tokens for replay and bits per byte
@@ -165,8 +166,8 @@ def evaluate(model, held_out, sources, cfg, d, enc):
     nats, right, n = sum_over_ranks(sums, d).tolist()
     metrics = dict(val_loss=nats / n, val_accuracy=right / n)
     if sources:
-        shape = pretrain.Config(block_size=model.config.block_size, eval_tokens=2 ** 17,
-                                device_batch_size=cfg.device_batch_size)
+        shape = pretrain.Config(block_size=min(cfg.block_size, model.config.block_size),
+                                eval_tokens=2 ** 17, device_batch_size=cfg.device_batch_size)
         _, metrics["val_bpb"] = pretrain.evaluate(model, sources, shape, d)
     model.train()
     return metrics
@@ -206,7 +207,7 @@ def main(cfg):
         add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     if cfg.resume:
         load_adapted(raw, checkpoint)
-    T, pad_id = raw.config.block_size, enc._special_tokens[PAD]
+    T, pad_id = min(cfg.block_size, raw.config.block_size), enc._special_tokens[PAD]
 
     # data
     conversations = load_conversations(cfg, enc, T)

@@ -175,7 +175,8 @@ CONFIG_ERRORS = [
     (dict(model_type="gpt2"), "gpt2"), (dict(hidden_act="gelu"), "hidden_act"),
     (dict(attention_bias=True), "attention_bias"), (dict(rope_parameters=dict(rope_type="yarn")), "yarn"),
     (dict(quantization_config={"bits": 4}), "quantization_config"), (dict(num_hidden_layers="3"), "num_hidden_layers"),
-    (dict(hidden_size=64), "has shape"), (dict(num_attention_heads=3), "n_head"),
+    (dict(hidden_size=64), "has shape"), (dict(num_attention_heads=3), "n_head"), (dict(vocab_size=10 ** 12), "vocab_size"),
+    (dict(rope_parameters=[3]), "TypeError"), (dict(head_dim="8"), "head_dim"), (dict(num_attention_heads=16), "has shape"),
     (dict(num_hidden_layers=2), "model.layers.2"), (dict(num_hidden_layers=4), "model.layers.3"),
     (dict(vocab_size=None), "vocab_size"), (dict(rope_parameters=dict(rope_type="llama3")), "factor"),
     (dict(tie_word_embeddings=True), "tie_word_embeddings")]
@@ -262,7 +263,8 @@ def test_tokenizers_that_would_give_other_ids_are_refused(folder):
             (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[split[0], *split])), "pre_tokenizer"),
             (dict(model={**model, "merges": model["merges"][::-1]}), "merging by id"),
             (dict(model={**model, "merges": model["merges"][:-1]}), "merging by id"),
-            (dict(model={**model, "vocab": {**model["vocab"], "\u65e5": 999}}), "damaged"), (dict(model=None), "damaged"),
+            (dict(model={**model, "vocab": {**model["vocab"], "\u65e5": 999}}), "damaged"),
+            (dict(added_tokens=[dict(content="x", id=10 ** 15)]), "id"), (dict(model=None), "damaged"),
             (dict(pre_tokenizer=dict(type="Sequence", pretokenizers=[
                 {**split[0], "pattern": dict(Regex="[a-z]+")}, split[1]])), "loses text")):
         edit(path, **{**good, **change})
@@ -296,7 +298,7 @@ def test_the_model_card_says_where_a_model_comes_from(tmp_path):
     head = card.split("---\n")[1]
     assert card.startswith("---\n") and 'license: "cc0"' in head and "library_name: transformers" in head
     for fact in ("town.txt", "1,234 documents", "CC0 (12)", "5,678 tokens", "2024-05", "spam 3", "**pretrain**, 11 steps",
-                 "rate 0.25", "**sft**, 22 steps", "mine.jsonl", "| facts (%) | 62.5 | 50 to 75 | 80 |", "weaknesses"):
+                 '"rate": 0.25', "**sft**, 22 steps", "mine.jsonl", "| facts (%) | 62.5 | 50 to 75 | 80 |", "Weaknesses"):
         assert fact in card, fact
     assert m.lineage(None) == [] and [step["stage"] for step in history] == ["pretrain"]
 

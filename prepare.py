@@ -1473,6 +1473,8 @@ def main(cfg):
     started = time.time()
     if not 0 <= cfg.val_fraction < 1:
         fail(f"--val_fraction {cfg.val_fraction}: from 0 to below 1")
+    if not 0 <= cfg.mix_power < math.inf:
+        fail(f"--mix_power {cfg.mix_power}: 0 or above")
     for name in ("bands", "rows", "shingle", "eval_words"):
         if getattr(cfg, name) < 1:
             fail(f"--{name} {getattr(cfg, name)}: at least 1")
@@ -1595,6 +1597,8 @@ def prepare(cfg, sources, enc, work, rank, group):
             print0(f"warning: {item} is seen {t:.1f} times; more than 4 epochs teach little")
     copies = np.floor(times[docs["source"]] + docs["key"][:, 1] / 2.0 ** 64).astype(int)
     copies, rest = copies * (chars > 0), 1 * (kept & (chars < docs["chars"]))
+    if not copies.any():
+        fail("no text is left for training; see --val_fraction and the weights")
     share = cfg.tokenizer_bytes / max(1, (copies * size).sum())
     sample = docs["key"][:, 0] * FACTOR / 2.0 ** 64 < share
 

@@ -18,7 +18,7 @@ url, those against repetition and spam not to rows of questions or chats; --web 
 Ranks share the folder of --out. Texts longer than 16 MB are cut at a line end.
 
 What to expect: the embedded data in 3 s, your own at 2 MB/s a core; memory for a chunk of text and
-500 bytes a document; the same bytes from the same input and seed, for any number of ranks.
+600 bytes a document; the same bytes from the same input and seed, for any number of ranks.
 
 Sources: Gopher (arXiv 2112.11446, app. A), C4 (1910.10683), FineWeb (2406.17557) and datatrove,
 jusText (Pomikalek 2011), MinHash in bands as in Lee et al. (2107.06499), GPT-3's decontamination
@@ -1516,7 +1516,7 @@ def main(cfg):
 def prepare(cfg, sources, enc, work, rank, group):
     """Fill the working folder and return the manifest (on rank 0).
 
-    All ranks know 64 bytes of every document; its text stays with the rank that read it."""
+    All ranks know 100 bytes of every document; its text stays with the rank that read it."""
     # clean: every rank its chunks
     parts = work / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -1637,7 +1637,7 @@ def prepare(cfg, sources, enc, work, rank, group):
              bytes=int(docs["read"][docs["source"] == n].sum()),
              broken_utf8=counts[n, "broken", ""],
              licences={k[2]: counts[k] for k in sorted(counts, key=str) if k[:2] == (n, "licence")},
-             newest=max(k[2] for k in counts if k[:2] == (n, "date")))
+             newest=max((k[2] for k in counts if k[:2] == (n, "date")), default=""))
         for n, (weight, files) in enumerate(sources)]
     manifest["knowledge_cutoff"] = max(source["newest"] for source in manifest["sources"])
     manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k not in ("out", "downloads")}

@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, cosine_lr, duration,
-                   encoding_hash, fail, generate, keep_valid, load_checkpoint, load_model,
-                   make_optimizers, parse_args, peak_memory, pick, print0, read_rows, render_chat,
-                   save_checkpoint, seed_step, setup, sum_over_ranks, to_prompt, token_logprobs)
+from model import (GPT, IM_END, PAD, Log, Reference, ScalarHead, add_lora, cosine_lr, duration,
+                   encoding_hash, fail, generate, keep_valid, lineage, load_adapted,
+                   load_checkpoint, load_model, make_optimizers, parse_args, peak_memory, pick,
+                   print0, read_rows, render_chat, save_checkpoint, seed_step, setup,
+                   sum_over_ranks, to_prompt, token_logprobs)
 from reward import load_pairs, score_all, split_by_prompt
 from sft import collate
 
@@ -74,6 +75,7 @@ class Config:
     eval_every: int = 10                   # optimizer steps between validations
     save_every: int = 20                   # optimizer steps between checkpoints
     log_every: int = 5                     # optimizer steps between console lines
+    tensorboard: bool = False              # also write event files beside the log
     precision: str = "auto"                # auto, bf16 or fp32 matrix products
     seed: int = 1                          # of data order and sampling
 
@@ -218,8 +220,8 @@ def main(cfg):
         fail(f"{cfg.init} is a reward model; give a language model")
     if cfg.lora_rank:
         add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-        if cfg.resume:
-            raw.load_state_dict(checkpoint["adapted"], strict=False)
+    if cfg.resume:
+        load_adapted(raw, checkpoint)
     ref = Reference(raw, None if cfg.lora_rank else
                     load_model(first, d.device)[0].requires_grad_(False))
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
@@ -252,13 +254,13 @@ def main(cfg):
     n_params = sum(p.numel() for p in raw.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init}; loss {cfg.loss}, beta {cfg.beta}")
 
-    state = dict(step=0, seconds=0.0)
+    state = dict(step=0, seconds=0.0, history=lineage(first))
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             opt.load_state_dict(saved)
         print0(f"resuming {cfg.out} at step {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
 
     def save():
         if d.is_master:

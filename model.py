@@ -15,6 +15,7 @@ import functools
 import gzip
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,8 @@ import sys
 import time
 import types
 import typing
+import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,22 +62,33 @@ def duration(seconds):
 def parse_args(Config, argv=None):
     """Turn a dataclass into a command line: `--field value`, booleans `--field` / `--no-field`.
 
-    The trailing comment of each field is its help text, so that code and --help cannot disagree.
+    The trailing comment of each field is its help text and a comment above fields their heading, so
+    that code and --help cannot disagree. --config FILE gives settings as JSON; flags win over it.
     Returns a Config; unknown flags, bad values and Ctrl-C end the program with one line.
     """
-    sys.excepthook = lambda kind, e, trace: (
-        print("\ninterrupted; a stage that trains goes on with --resume", file=sys.stderr)
-        if kind is KeyboardInterrupt else sys.__excepthook__(kind, e, trace))
-    doc = inspect.getdoc(sys.modules[Config.__module__]) or ""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: fail(f"{message} (see python {Path(sys.argv[0]).name} --help)")
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    sys.excepthook = quiet_end
+    name = Path(sys.argv[0]).name
+    parser = argparse.ArgumentParser(
+        description=inspect.getdoc(sys.modules[Config.__module__]), allow_abbrev=False,
+        usage=f"python {name} [--setting value ...]", formatter_class=lambda prog:
+        argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100))
+    parser.error = lambda message: fail(f"{message} (see python {name} --help)")
+    parser.add_argument("--config", metavar="FILE", help="settings from a JSON file, such as the "
+                        "one that a run writes beside its --out; flags win over it")
+    section, groups, comments = parser, {}, {}
+    for line in inspect.getsource(Config).splitlines():
+        if heading := re.match(r"    # (.*)", line):
+            section = parser.add_argument_group(heading[1])
+        elif found := re.match(r"    (\w+): .*?  # (.*)$", line):
+            groups[found[1]], comments[found[1]] = section, found[2]
     for f in dataclasses.fields(Config):
         kinds = [k for k in typing.get_args(f.type) if k is not types.NoneType]
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        shown = "derived" if default is None else "none" if default in ("", []) else default
-        kwargs = dict(dest=f.name, default=default, metavar=f.name.upper(),
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = "derived" if shown is None else "none" if shown == "" else (
+            "yes" if shown is True else "no" if shown is False else shown)
+        metavar = {int: "N", float: "X"}.get((kinds or [f.type])[0], f.name.upper())
+        kwargs = dict(dest=f.name, default=default, metavar=metavar,
                       help=f"{comments.get(f.name, '')} [{shown}]".replace("%", "%%"))
         if f.type is bool or kinds == [bool]:
             del kwargs["metavar"]
@@ -85,8 +99,50 @@ def parse_args(Config, argv=None):
             kwargs.update(choices=typing.get_args(f.type))
         else:
             kwargs["type"] = kinds[0] if kinds else f.type
-        parser.add_argument(f"--{f.name}", **kwargs)
-    return Config(**vars(parser.parse_args(argv)))
+        groups.get(f.name, parser).add_argument(f"--{f.name}", **kwargs)
+    argv = sys.argv[1:] if argv is None else argv
+    given = parser.parse_args(argv)
+    if given.config:
+        given = parser.parse_args(settings_argv(given.config, Config) + argv)
+    del given.config
+    return Config(**vars(given))
+
+
+def settings_argv(path, Config):
+    """The settings in a JSON file, or in a manifest.json under "settings", as a command line."""
+    settings, argv = read_json(path), []
+    settings = settings.get("settings", settings)
+    if unknown := settings.keys() - {f.name for f in dataclasses.fields(Config)}:
+        fail(f"{path}: unknown setting {min(unknown)!r}")
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            argv.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)] if value else []
+        elif value is not None:
+            argv.append(f"--{name}={value}")
+    return argv
+
+
+def read_json(path):
+    """The object in a JSON file, or one line that says what is wrong with it."""
+    try:
+        data = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        fail(f"{path} is missing")
+    except (OSError, ValueError) as e:
+        fail(f"{path} cannot be read as JSON: {e}")
+    return data if isinstance(data, dict) else fail(f"{path} is not a JSON object")
+
+
+def quiet_end(kind, e, trace):
+    """Ctrl-C, and a pipe such as `| head` that closes, are no errors to show a traceback for."""
+    if kind is KeyboardInterrupt:
+        print("\ninterrupted; a stage that trains goes on with --resume", file=sys.stderr)
+    elif kind is BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for the flush at exit
+    else:
+        sys.__excepthook__(kind, e, trace)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -216,11 +272,24 @@ def peak_flops(d):
 ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant", "tool")
 # Pre-tokenizer of GPT-4 (cl100k_base, openai/tiktoken): merges never cross these pieces.
-GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
               r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 
 
-def make_encoding(name, pattern, ranks, special_tokens=None):
+class ComposedEncoding(tiktoken.Encoding):
+    """Composes characters (Unicode NFC) before encoding, as Qwen does: e + accent is e-acute."""
+
+    def encode(self, text, **kwargs):
+        return super().encode(unicodedata.normalize("NFC", text), **kwargs)
+
+    def encode_ordinary(self, text):
+        return super().encode_ordinary(unicodedata.normalize("NFC", text))
+
+    def encode_to_numpy(self, text, **kwargs):
+        return super().encode_to_numpy(unicodedata.normalize("NFC", text), **kwargs)
+
+
+def make_encoding(name, pattern, ranks, special_tokens=None, nfc=False):
     """tiktoken.Encoding with our four control tokens added after the last id unless there already.
 
     ranks: {bytes: id}. Large vocabularies get reserved ids up to a multiple of 64: matrix products
@@ -233,20 +302,21 @@ def make_encoding(name, pattern, ranks, special_tokens=None):
             special_tokens[token], free = free, free + 1
     while free > 1024 and free % 64:
         special_tokens[f"<|reserved_{free}|>"], free = free, free + 1
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens=special_tokens)
+    return (ComposedEncoding if nfc else tiktoken.Encoding)(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 def encoding_to_dict(enc):
     """Plain strings and ints, safe for JSON and torch.load; ranks as in .tiktoken files."""
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
     return dict(name=enc.name, pattern=enc._pat_str, special_tokens=dict(enc._special_tokens),
-                ranks="\n".join(f"{base64.b64encode(b).decode()} {i}" for b, i in ranks))
+                ranks="\n".join(f"{base64.b64encode(b).decode()} {i}" for b, i in ranks),
+                **(dict(nfc=True) if isinstance(enc, ComposedEncoding) else {}))
 
 
 def encoding_from_dict(d):
     ranks = {base64.b64decode(b): int(i) for b, i in map(str.split, d["ranks"].splitlines())}
-    return make_encoding(d["name"], d["pattern"], ranks, d["special_tokens"])
+    return make_encoding(d["name"], d["pattern"], ranks, d["special_tokens"], d.get("nfc", False))
 
 
 def encoding_hash(enc):
@@ -298,12 +368,26 @@ def render_reply(enc, prompt, reply):
 # Conversations, in the shapes that people's files have
 
 
+def find_data(path):
+    """A file's path as it is; a data set's short name as the path it is downloaded to, once."""
+    if Path(path).exists():
+        return Path(path)
+    import prepare    # the table of names stands there
+    if str(path) not in prepare.DATASETS:
+        fail(f"{path} does not exist; it may also be one of {', '.join(prepare.DATASETS)}")
+    address, sha256, about = prepare.DATASETS[str(path)]
+    print0(f"{path}: {address} ({about})")
+    if int(os.environ.get("RANK", 0)) == 0:    # the other ranks find its file
+        prepare.download(address, sha256, "out/downloads")
+    if dist.is_initialized():
+        dist.barrier()
+    return prepare.download(address, sha256, "out/downloads")
+
+
 def read_rows(paths):
     """The rows (dicts) of .jsonl(.gz), .json, .parquet files; over 1 % broken lines: an error."""
     rows = []
-    for path in map(Path, paths):
-        if not path.is_file():
-            fail(f"{path} does not exist")
+    for path in map(find_data, paths):
         try:
             if path.suffix == ".parquet":
                 import pyarrow.parquet
@@ -348,6 +432,8 @@ def to_turns(value, role):
             return [dict(role=role, content=value)]
         value = [dict(role=who, content=text.strip())
                  for who, text in zip(parts[1::2], parts[2::2])]
+        if len(value) > 1 and not value[-1]["content"]:
+            value.pop()    # the open end, "Assistant:", is where a reply goes
     names = dict(human="user", gpt="assistant", bot="assistant", chatbot="assistant",
                  model="assistant", prompter="user")
     turns = []
@@ -369,7 +455,6 @@ def to_messages(row):
 
     Raises ValueError with the reason where the row is none of these or nothing is said in it.
     """
-    system = [dict(role="system", content=row["system"])] if row.get("system") else []
     if "messages" in row or "conversations" in row:
         turns = to_turns(row.get("messages", row.get("conversations")), "user")
     elif "chosen" in row:
@@ -377,9 +462,9 @@ def to_messages(row):
         turns = [*prompt, dict(role="assistant", content=chosen)]
     elif "instruction" in row:
         ask = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        turns = to_turns(ask, "user") + to_turns(row.get("output", ""), "assistant")
+        turns = one_turn_each(ask, row.get("output", ""))
     elif "question" in row:
-        turns = to_turns(row["question"], "user") + to_turns(row.get("answer", ""), "assistant")
+        turns = one_turn_each(row["question"], row.get("answer", ""))
     elif "prompt" in row:
         reply = row.get("completion", row.get("response", ""))
         turns = to_turns(row["prompt"], "user") + to_turns(reply, "assistant")
@@ -387,18 +472,31 @@ def to_messages(row):
         raise ValueError("none of messages, conversations, instruction, question, prompt in it")
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         raise ValueError("no assistant turn")
-    return turns if turns[0]["role"] == "system" else system + turns
+    return with_system(row, turns)
+
+
+def one_turn_each(question, answer):
+    """Texts that are no transcripts, whatever they look like."""
+    return [dict(role="user", content=question), dict(role="assistant", content=answer)]
+
+
+def with_system(row, turns):
+    """The turns, after the row's own system message if it has one and they do not."""
+    if not row.get("system") or turns[:1] and turns[0]["role"] == "system":
+        return turns
+    return [dict(role="system", content=row["system"]), *turns]
 
 
 def to_prompt(row):
     """The messages an assistant should answer next. Raises ValueError."""
-    if "prompt" in row:
-        turns = to_turns(row["prompt"], "user")
+    talk = [row[key] for key in ("prompt", "messages", "conversations") if key in row]
+    if talk:
+        turns = with_system(row, to_turns(talk[0], "user"))
     else:
         turns = to_messages({"answer": "-", "output": "-", **row})
     while turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
-    if not any(turn["content"].strip() for turn in turns):
+    if not any(turn["content"].strip() for turn in turns if turn["role"] != "system"):
         raise ValueError("empty prompt")
     return turns
 
@@ -427,7 +525,7 @@ def keep_valid(rows, convert, what):
     for row in rows:
         try:
             kept.append(convert(row))
-        except (ValueError, TypeError, AttributeError, KeyError) as e:
+        except (ValueError, TypeError, AttributeError, LookupError) as e:
             why = str(e) if isinstance(e, ValueError) else "not in a known format"
             reasons[why] = reasons.get(why, 0) + 1
     if reasons:
@@ -508,6 +606,7 @@ class GPTConfig:
     norm_eps: float = 1e-6
     rope_base: float = 10_000.0
     rope_scaling: dict | None = None  # Llama 3's, as config.json has it
+    nope_layers: list | None = None   # layers without rotary positions (SmolLM3)
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -594,9 +693,9 @@ class RMSNorm(nn.Module):
 
 class CausalSelfAttention(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config, rotary=True):
         super().__init__()
-        self.head_size, self.qk_norm = config.head_size, config.qk_norm
+        self.head_size, self.qk_norm, self.rotary = config.head_size, config.qk_norm, rotary
         q_size, kv_size = config.n_head * config.head_size, config.n_kv_head * config.head_size
         self.q_proj = nn.Linear(config.n_embd, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_size, bias=config.qkv_bias)
@@ -612,7 +711,8 @@ class CausalSelfAttention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))    # (B, T, H or K, D)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.rotary:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))         # (B, H or K, T, D)
         if write_cache:
             k, v = write_cache(k, v)                             # (B, K, S, D)
@@ -635,10 +735,10 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
 
-    def __init__(self, config):
+    def __init__(self, config, rotary=True):
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, rotary)
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -654,7 +754,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, rotary=i not in (config.nope_layers or ()))
+                                    for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         cos, sin = rope_tables(config)
@@ -727,8 +828,9 @@ class ScalarHead(nn.Module):
 
     def forward(self, ids, doc=None):
         """Scores (B, T), float32."""
-        return F.linear(self.gpt.hidden(ids, doc).float(), self.score.weight,
-                        self.score.bias).squeeze(-1)
+        states = self.gpt.hidden(ids, doc).float()
+        with torch.autocast(ids.device.type, enabled=False):    # bf16 would round the scores
+            return self.score(states).squeeze(-1)
 
 
 def at_last(scores, lengths):
@@ -805,6 +907,14 @@ def plain_weights(model):
             if "linear.bias" in parts:
                 weights[f"{name}.bias"] = parts["linear.bias"]
     return weights, adapted or None
+
+
+def load_adapted(model, checkpoint):
+    """For --resume: the adapters and the frozen layers under them, which are merged in `weights`."""
+    ours, saved = plain_weights(model)[1] or {}, checkpoint.get("adapted") or {}
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in saved.items()}:
+        fail("--resume: this run was started with other --lora_rank or --lora_targets")
+    model.load_state_dict(saved, strict=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -939,8 +1049,26 @@ def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
     write_atomic(path, lambda f: torch.save(checkpoint, f))
 
 
+def lineage(checkpoint):
+    """How a checkpoint came about, oldest first: [dict(stage, step, settings, data)]; [] for None.
+
+    A stage keeps that of its --init as state["history"], and what it learned from in state["data"].
+    """
+    if checkpoint is None:
+        return []
+    state = checkpoint.get("state", {})
+    return [*state.get("history", []), dict(
+        stage=checkpoint["stage"], step=checkpoint["step"], settings=checkpoint["stage_config"],
+        data=state.get("data", []))]
+
+
 def load_checkpoint(path, made_by):
-    """What save_checkpoint wrote; code is never unpickled. made_by: the command that makes it."""
+    """What save_checkpoint wrote, or a public model's folder in the same form.
+
+    Code is never unpickled. made_by: the command that makes the file, for the message.
+    """
+    if Path(path).is_dir():
+        return import_model(path)
     if not Path(path).exists():
         fail(f"{path} does not exist; make it with: {made_by}")
     try:
@@ -972,16 +1100,30 @@ def load_model(checkpoint, device, dropout=0.0):
 
 
 class Log:
-    """One console line and one JSON line per call; the file is `out` with .jsonl for its suffix."""
+    """One console line and one JSON line per call; the file is `out` with .jsonl for its suffix.
 
-    def __init__(self, out, resume_step=None):
-        self.path = Path(out).with_suffix(".jsonl")
+    With cfg the settings go beside it as .json, for --config, and with cfg.tensorboard every number
+    also into event files.
+    """
+
+    def __init__(self, out, resume_step=None, cfg=None):
+        self.path, self.board = Path(out).with_suffix(".jsonl"), None
         lines = []
         if resume_step is not None and self.path.exists():    # drop what came after the checkpoint
             lines = [line for line in self.path.read_text().splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] < resume_step]
         if int(os.environ.get("RANK", 0)) == 0:
             write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
+            if cfg is not None:
+                settings = json.dumps({**dataclasses.asdict(cfg), "resume": False}, indent=1)
+                write_atomic(self.path.with_suffix(".json"), lambda f: f.write(settings.encode()))
+            if getattr(cfg, "tensorboard", False):
+                try:
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    fail("--tensorboard needs a package: pip install tensorboard")
+                self.board = SummaryWriter(self.path.with_suffix(".tensorboard"),
+                                           purge_step=resume_step)
 
     def __call__(self, line, **metrics):
         if int(os.environ.get("RANK", 0)) == 0:
@@ -991,5 +1133,442 @@ class Log:
                     f.write(json.dumps(row) + "\n")
             except OSError as e:
                 fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
+            for name, value in row.items() if self.board else ():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, row["step"])
             if line:
                 print0(line)
+
+
+# ------------------------------------------------------------------------------------------------
+# Public models, in: a folder as transformers has it. What is not supported is named, never guessed
+
+# What byte-level tokenizers split text with if they do not say, and with every digit on its own.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_SPLIT = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})"
+                r"|\s+(?!\S)|\s+")
+# tokenizer.json writes bytes as letters: printable ones stand for themselves, others follow 255.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = {b: chr(b) for b in PRINTABLE} | {
+    b: chr(256 + n) for n, b in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+BYTES = {letter: b for b, letter in LETTERS.items()}
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+WEIGHT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file, memory-mapped: 8 bytes length, JSON header, data."""
+    size = path.stat().st_size if path.exists() else fail(f"{path} is missing")
+    data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if size < 8 or start > size:
+        fail(f"{path}: its header would end at byte {start} of {size}; is the file complete?")
+    tensors = {}
+    try:
+        for name, entry in json.loads(data[8:start].tobytes()).items():
+            if name == "__metadata__":
+                continue
+            shape, dtype = entry["shape"], WEIGHT_TYPES.get(entry["dtype"])
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            if dtype is None:
+                fail(f"{path}: {name} is {entry['dtype']}; {' '.join(WEIGHT_TYPES)} are read")
+            if end > size:
+                fail(f"{path}: {name} would end at byte {end} of {size}; is the file complete?")
+            if not start <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
+                fail(f"{path}: {name} has {end - begin} bytes, not those of shape {shape}")
+            tensors[name] = torch.from_numpy(data[begin:end]).view(dtype).view(shape)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        fail(f"{path}: damaged header ({type(e).__name__}: {e})")
+    return tensors
+
+
+def import_config(path):
+    """(GPTConfig, id of the token that ends a text or None) from a config.json."""
+    c = read_json(path)
+
+    def get(name, default=None, kind=int):
+        value = default if c.get(name) is None else c[name]
+        if type(value) is not kind or kind is int and value < 1:
+            fail(f"{path}: {name} is {value!r}, expected {kind.__name__}")
+        return value
+
+    family = c.get("model_type")
+    if family not in FAMILIES:
+        fail(f"{path}: model_type {family!r} is not supported, only {', '.join(FAMILIES)}")
+    rope = {"rope_theta": c.get("rope_theta")}    # of old, then under one roof in transformers 5
+    rope |= (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    for name, value, supported in (
+            ("hidden_act", c.get("hidden_act"), ("silu", None)),
+            ("attention_bias", c.get("attention_bias"), (False, None)),
+            ("mlp_bias", c.get("mlp_bias"), (False, None)),
+            ("quantization_config", c.get("quantization_config"), (None,)),
+            ("rope_type", rope_type, ("default", "llama3")),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None))):
+        if value not in supported:
+            fail(f"{path}: {name} {value!r} is not supported")
+    scaling = None
+    if rope_type == "llama3":
+        scaling = dict(rope_type="llama3")
+        for name in ("factor", "low_freq_factor", "high_freq_factor",
+                     "original_max_position_embeddings"):
+            if type(rope.get(name)) not in (int, float):
+                fail(f"{path}: {name} is {rope.get(name)!r}, expected a number")
+            scaling[name] = rope[name]
+    n_layer, n_head = get("num_hidden_layers"), get("num_attention_heads")
+    context, nope = get("max_position_embeddings"), []
+    if c.get("use_sliding_window", family == "mistral"):
+        window = c.get("sliding_window", 4096) or context
+        if window < context:    # up to there a sliding window is no window at all
+            print0(f"{path}: context {window} instead of {context}, its sliding window")
+            context = window
+    if family == "smollm3":
+        every = c.get("no_rope_layer_interval", 4)
+        flags = c.get("no_rope_layers") or [(i + 1) % every for i in range(n_layer)]
+        nope = [i for i, has_rope in enumerate(flags[:n_layer]) if not has_rope]
+    eos = c.get("eos_token_id")
+    try:
+        return GPTConfig(
+            context, get("vocab_size"), n_layer, n_head, get("num_key_value_heads", n_head),
+            get("hidden_size"), get("intermediate_size"), c.get("head_dim"), family == "qwen3",
+            family == "qwen2", get("tie_word_embeddings", family == "smollm3", bool),
+            norm_eps=get("rms_norm_eps", 1e-6, float),
+            rope_base=float(rope.get("rope_theta") or (2e6 if family == "smollm3" else 1e4)),
+            rope_scaling=scaling, nope_layers=nope or None), (
+            eos[0] if isinstance(eos, list) and eos else eos)
+    except (ValueError, TypeError) as e:
+        fail(f"{path}: {e}")
+
+
+def last_pair(ranks, token):
+    """The two tokens whose merge makes this one, when merging by rank; None if that never does."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        rank, i = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(
+            zip(parts, parts[1:])))
+        if rank == math.inf:
+            return None
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts) if all(part in ranks for part in parts) else None
+
+
+def import_split(steps):
+    """The pattern of a byte-level pre-tokenizer, a list of steps; None: not to be had as one."""
+    *first, last = steps
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True) or len(first) > 1:
+        return None
+    if last.get("use_regex", True):
+        digits = [dict(type="Digits", individual_digits=True)]
+        return GPT2_SPLIT if not first else DIGITS_SPLIT if first == digits else None
+    if not first or first[0].get("type") != "Split":
+        return None
+    keeps = first[0].get("behavior"), first[0].get("invert", False)
+    keeps = keeps in (("Isolated", False), ("Removed", True))
+    return first[0]["pattern"].get("Regex") if keeps else None
+
+
+def import_tokenizer(path, vocab_size=0, eos=None):
+    """(Encoding, ids it adds) from a tokenizer.json of the byte-level BPE kind: the same ids.
+
+    tiktoken merges the pair whose result has the lowest id, transformers the pair that stands first
+    in `merges`. Both agree if every token's last merge is in that list, in the order of the ids.
+    Bytes that the vocabulary lacks (transformers drops them) and control tokens get new ids. A
+    model without <|endoftext|> has another token that ends a text: that is then our name for it.
+    """
+    path = Path(path)
+    if not path.exists():
+        fail(f"{path} is missing" + ("; SentencePiece's tokenizer.model is not read"
+                                     if (path.parent / "tokenizer.model").exists() else ""))
+    t = read_json(path)
+    try:
+        model, normalizer = t["model"], (t.get("normalizer") or {}).get("type")
+        for name, value, good in (
+                ("model.type", model["type"], model["type"] == "BPE"),
+                *((f"model.{k}", model.get(k), not model.get(k)) for k in (
+                    "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")),
+                ("normalizer", normalizer, normalizer in (None, "NFC"))):
+            if not good:
+                fail(f"{path}: {name} {value!r} is not supported, only byte-level BPE")
+        split = t.get("pre_tokenizer") or {}
+        pattern = import_split(split.get("pretokenizers") or [split])
+        if pattern is None:
+            fail(f"{path}: pre_tokenizer {json.dumps(split)[:120]} is not supported")
+        special = {token["content"]: token["id"] for token in t.get("added_tokens", [])}
+        ranks = {bytes(BYTES[c] for c in token): i for token, i in model["vocab"].items()
+                 if token not in special}
+        merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        merges = (tuple(bytes(BYTES[c] for c in part) for part in m) for m in merges)
+        order = {pair: n for n, pair in enumerate(merges)}
+        at = -1
+        for token in sorted(ranks, key=ranks.get):
+            pair = last_pair(ranks, token) if len(token) > 1 else None
+            before, at = at, order.get(pair, -1) if pair else at
+            if len(token) > 1 and (at <= before if pair else not model.get("ignore_merges")):
+                fail(f"{path}: merging by id would not make token {ranks[token]}, {token!r}, as "
+                     f"its merges do; such a tokenizer is not supported")
+        names = {i: name for name, i in special.items()}
+        if ENDOFTEXT not in special and names.get(eos, PAD) not in (IM_START, IM_END, PAD):
+            special[ENDOFTEXT] = eos
+        known = {*ranks.values(), *special.values()}
+        free = itertools.count(max(known) + 1)
+        if not model.get("ignore_merges"):    # else whole pieces are tokens, and bytes need not be
+            ranks |= {bytes([b]): next(free) for b in range(256)
+                      if b not in NEVER_IN_UTF8 and bytes([b]) not in ranks}
+        special |= {token: next(free) for token in (ENDOFTEXT, IM_START, IM_END, PAD)
+                    if token not in special}
+        new = sorted({*ranks.values(), *special.values()} - known)
+        special |= {f"<|reserved_{i}|>": i for i in {*range(max(vocab_size, next(free)))}
+                    - known - {*new}}    # every id that the model can say has a name
+        enc = make_encoding(path.parent.name, pattern, ranks, special, normalizer == "NFC")
+        probe = " a  B1\n\t\r\n #_'s\u00e9\u4e2d\u0301\U0001f600.\0"
+        if len(ranks) >= 256 and enc.decode(enc.encode_ordinary(probe)) != probe:
+            fail(f"{path}: pre_tokenizer {pattern!r} loses text")
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        fail(f"{path}: not a byte-level BPE tokenizer, or damaged ({type(e).__name__}: {e})")
+    return enc, new
+
+
+def public_name(name):
+    """A weight's name in the folders of transformers."""
+    for ours, theirs in ((".attn_norm.", ".input_layernorm."), (".attn.", ".self_attn."),
+                         (".mlp_norm.", ".post_attention_layernorm."), ("blocks.", "model.layers."),
+                         ("embed.", "model.embed_tokens."), ("head.", "lm_head.")):
+        name = name.replace(ours, theirs)
+    return "model.norm.weight" if name == "norm.weight" else name
+
+
+def import_weights(folder, config):
+    """{our name: tensor} of all weights that the config asks for, no more and no fewer."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.exists() or not index.exists():
+        if not whole.exists() and any(folder.glob("*.bin")):
+            fail(f"{folder} has pickled weights only (.bin), which can run code when read; get "
+                 f"model.safetensors")
+        files = [whole]
+    else:
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
+            fail(f"{index}: weight_map is missing or damaged")
+        files = [folder / Path(file).name for file in sorted(set(named.values()))]
+    theirs = {name: t for file in files for name, t in read_safetensors(file).items()}
+    with torch.device("meta"):
+        wanted = {name: t.shape for name, t in GPT(config).state_dict().items()
+                  if not (config.tie_embeddings and name == "head.weight")}
+    weights = {}
+    for name, shape in wanted.items():
+        t = theirs.pop(public_name(name), None)
+        if t is None:
+            fail(f"{folder}: {public_name(name)} is in no weight file")
+        if t.shape != shape:
+            fail(f"{folder}: {public_name(name)} has shape {[*t.shape]}, its config.json asks for "
+                 f"{[*shape]}")
+        weights[name] = t
+    tied = theirs.pop("lm_head.weight", weights["embed.weight"])
+    if not torch.equal(tied, weights["embed.weight"]):
+        fail(f"{folder}: tie_word_embeddings is true, but lm_head.weight is another matrix")
+    if left := [name for name in theirs if not name.endswith("rotary_emb.inv_freq")]:
+        fail(f"{folder}: {left[0]} is not a weight of this kind of model")
+    return weights
+
+
+def import_model(folder):
+    """A public model's folder as load_checkpoint returns our own files; nothing of it is copied
+    to memory yet. Rows of the embeddings for ids that are new are the mean of the others."""
+    folder = Path(folder)
+    config, eos = import_config(folder / "config.json")
+    enc, new = import_tokenizer(folder / "tokenizer.json", config.vocab_size, eos)
+    weights = import_weights(folder, config)
+    for name in {"embed.weight", "head.weight"} & weights.keys():
+        rows = weights[name]
+        mean = rows.mean(0, dtype=torch.float32).to(rows.dtype)
+        if enc.n_vocab > len(rows):
+            rows = torch.cat([rows, mean.expand(enc.n_vocab - len(rows), -1)])
+        rows[new] = mean
+        weights[name] = rows
+    config.vocab_size = enc.n_vocab
+    return dict(format=1, stage="imported", step=0, weights=weights, encoding=encoding_to_dict(enc),
+                model_config=dataclasses.asdict(config), stage_config=dict(folder=str(folder)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Public models, out: a folder that transformers, vLLM and lm-evaluation-harness load
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}
+{{- raise_exception('unknown role ' + message['role']) -}}
+{%- endif -%}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+
+def public_config(c, dtype, eos, pad):
+    """A config.json for our sizes, under both spellings of the rotary settings."""
+    kinds = dict(qwen3=c.qk_norm, qwen2=c.qkv_bias, smollm3=bool(c.nope_layers))
+    kind = next((k for k, yes in kinds.items() if yes), "llama")
+    if sum(kinds.values()) > 1:
+        fail(f"no public architecture has {' and '.join(k for k, yes in kinds.items() if yes)} "
+             f"features (qk_norm, qkv_bias, nope_layers) at once")
+    rope = c.rope_scaling or dict(rope_type="default")
+    name = dict(qwen3="Qwen3", qwen2="Qwen2", smollm3="SmolLM3", llama="Llama")[kind]
+    return dict(
+        architectures=[f"{name}ForCausalLM"], model_type=kind, vocab_size=c.vocab_size,
+        hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size,
+        hidden_act="silu", max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
+        tie_word_embeddings=c.tie_embeddings, attention_bias=False, mlp_bias=False,
+        use_sliding_window=False, sliding_window=None, rope_theta=c.rope_base,
+        rope_scaling=c.rope_scaling, rope_parameters=dict(rope_theta=c.rope_base, **rope),
+        bos_token_id=None, eos_token_id=eos, pad_token_id=pad, torch_dtype=dtype,
+        **(dict(no_rope_layers=[int(i not in c.nope_layers) for i in range(c.n_layer)])
+           if c.nope_layers else {}))
+
+
+def public_tokenizer(enc):
+    """A tokenizer.json with the same ids. Tokens that no merge makes are found as whole pieces."""
+    ranks = dict(sorted(enc._mergeable_ranks.items(), key=lambda item: item[1]))
+    letters = {token: "".join(LETTERS[b] for b in token) for token in ranks}
+    pairs = {token: last_pair(ranks, token) for token in ranks if len(token) > 1}
+    names = {i: name for name, i in reversed(enc._special_tokens.items())    # an alias comes last
+             if name != f"<|reserved_{i}|>"}
+    vocab = {letters[token]: i for token, i in ranks.items()} | {n: i for i, n in names.items()}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    split = dict(type="Split", pattern=dict(Regex=enc._pat_str), behavior="Isolated", invert=False)
+    as_letters = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    return dict(
+        version="1.0", truncation=None, padding=None,
+        added_tokens=[dict(id=i, content=names[i], **flags, special=True) for i in sorted(names)],
+        normalizer=dict(type="NFC") if isinstance(enc, ComposedEncoding) else None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[split, as_letters]),
+        post_processor=None, decoder=as_letters, model=dict(
+            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
+            end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
+            ignore_merges=None in pairs.values(), vocab=vocab,
+            merges=[[letters[part] for part in pair] for pair in pairs.values() if pair]))
+
+
+def write_safetensors(path, tensors, dtype):
+    """Tensors as one .safetensors file, one after the other: no second copy in memory."""
+    code, header, end = {t: k for k, t in WEIGHT_TYPES.items()}[dtype], {}, 0
+    for name, t in tensors.items():
+        begin, end = end, end + t.numel() * dtype.itemsize
+        header[name] = dict(dtype=code, shape=[*t.shape], data_offsets=[begin, end])
+    text = json.dumps(dict(__metadata__=dict(format="pt"), **header)).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(f):
+        f.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors.values():
+            f.write(t.to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
+
+    write_atomic(path, write)
+
+
+def model_card(checkpoint, path, public, size):
+    """README.md of an exported model: what a stranger must know, as far as the checkpoint knows."""
+    steps = lineage(checkpoint)
+    texts = [source for step in steps for source in step["data"]]
+    licences = Counter()
+    for text in texts:
+        for source in text["sources"] or ():
+            licences.update(source.get("licences", {}))
+    licence = next(iter(licences)) if len(licences) == 1 else "other"
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation",
+             f"license: {json.dumps(licence.lower())}", "tags:",
+             *(f"- {step['stage']}" for step in steps), "---", f"# {Path(path).stem}", "", f"A {public['architectures'][0]} of {size:,} parameters: "
+             f"{public['num_hidden_layers']} layers x {public['hidden_size']}, context "
+             f"{public['max_position_embeddings']} tokens, {public['vocab_size']:,} tokens in the "
+             f"vocabulary. Made by: {', '.join(step['stage'] for step in steps)}.", "",
+             "Chats are ChatML (see the template in tokenizer_config.json); a turn ends with "
+             "`<|im_end|>`, a text with the end-of-text token. No token stands before a text.", "",
+             "## What it was trained on", ""]
+    for text in texts:
+        for source in text["sources"] or ():
+            found = ", ".join(f"{k} ({n})" for k, n in source.get("licences", {}).items())
+            lines.append(f"- `{source['input']}`: {source['documents']:,} documents read, "
+                         f"{source['epochs']:g} epochs; licences stated in it: {found or 'none'}")
+        dropped = ", ".join(f"{k} {n:,}" for k, n in text["dropped"].items())
+        lines += [f"- {text['tokens']['train']:,} tokens of training text; dropped documents: "
+                  f"{dropped or 'none'}; newest date found (knowledge cutoff): "
+                  f"{text['knowledge_cutoff'] or 'unknown'}"]
+    lines += ["Unknown: the checkpoint does not say."] * (not texts) + ["", "## Stages", ""]
+    for step in steps:
+        settings = ", ".join(f"{k} {v}" for k, v in step["settings"].items() if v not in ("", None))
+        lines += [f"- **{step['stage']}**, {step['step']:,} steps. {settings}"]
+    lines += ["", "## Evaluation", "", *evaluation_table(Path(path)), "", "## Known weaknesses", "",
+              "It invents facts fluently, more so the smaller it is; it knows nothing after its "
+              "training text; refusals and admissions of ignorance are habits of style that a new "
+              "wording can break. Text in a chat that looks like a control token is read as one by "
+              "transformers, though not here. Try it on your own cases before relying on it.", ""]
+    return "\n".join(lines)
+
+
+def evaluation_table(path):
+    """Lines about this checkpoint from the report.json of evaluate.py that lies beside it."""
+    file = path.parent / "report" / "report.json"
+    report = read_json(file) if file.exists() else {}
+    name = next((name for name, c in report.get("checkpoints", {}).items()
+                 if Path(c["path"]).resolve() == path.resolve()), None)
+    rows = [(row, row["values"][name]) for row in report.get("metrics", [])
+            if name in row["values"]]
+    if not rows:
+        return ["None yet: run `python evaluate.py` and export again."]
+    lines = ["| measure | value | 95 % interval | items |", "|---|---|---|---|"]
+    for row, v in rows:
+        scale = 100 if row["unit"] == "%" else 1
+        value, low, high = (f"{scale * (v[k] or 0):.4g}" for k in ("value", "low", "high"))
+        lines += [f"| {row['name']} ({row['unit']}) | {value} | "
+                  f"{f'{low} to {high}' if v['low'] is not None else '-'} | {v['n']:,} |"]
+    return lines
+
+
+def export_model(path, folder, dtype="float32"):
+    """Write a checkpoint (or a folder that was read) as a folder of public files."""
+    checkpoint, folder = load_checkpoint(path, "python pretrain.py"), Path(folder)
+    if "score.weight" in checkpoint["weights"]:
+        fail(f"{path} is a reward model; only language models are exported")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        fail(f"{folder} exists already; give a new folder")
+    enc = encoding_from_dict(checkpoint["encoding"])
+    config = GPTConfig(**checkpoint["model_config"])
+    eot, end, pad = (enc._special_tokens[t] for t in (ENDOFTEXT, IM_END, PAD))
+    public = public_config(config, dtype, eot, pad)
+    tensors = {public_name(name): t for name, t in checkpoint["weights"].items()}
+    tokenizer = public_tokenizer(enc)
+    names = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    talks = checkpoint["stage"] not in ("pretrain", "imported")
+    write_safetensors(folder / "model.safetensors", tensors, getattr(torch, dtype))
+    size = sum(t.numel() for t in tensors.values())
+    for name, data in {
+            "README.md": model_card(checkpoint, path, public, size), "config.json": public,
+            "tokenizer.json": tokenizer,
+            "tokenizer_config.json": dict(
+                tokenizer_class="PreTrainedTokenizerFast", eos_token=names[end if talks else eot],
+                pad_token=names[pad], model_max_length=config.block_size,
+                clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE),
+            "generation_config.json": dict(eos_token_id=[end, eot], pad_token_id=pad)}.items():
+        text = data if isinstance(data, str) else json.dumps(data, indent=1, ensure_ascii=False)
+        write_atomic(folder / name, lambda f, text=text: f.write(text.encode()))
+    print0(f"wrote {folder}: {public['architectures'][0]}, {size:,} parameters as {dtype}, "
+           f"{enc.n_vocab:,} tokens")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: fail(f"{message} (see python model.py --help)")
+    export = parser.add_subparsers(dest="command", required=True).add_parser(
+        "export", help="write a checkpoint as a folder that transformers loads")
+    export.error = parser.error
+    export.add_argument("checkpoint", help="a .pt file of any stage, or a public model's folder")
+    export.add_argument("folder", help="a new folder")
+    export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of the weights; float32 loses nothing [%(default)s]")
+    args = parser.parse_args()
+    export_model(args.checkpoint, args.folder, args.dtype)
+
+
+if __name__ == "__main__":
+    main()

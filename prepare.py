@@ -63,7 +63,7 @@ import torch
 import torch.distributed as dist
 
 from model import (ENDOFTEXT, GPT4_SPLIT, encoding_from_dict, encoding_hash, encoding_to_dict, fail,
-                   load_checkpoint, make_encoding, parse_args, print0)
+                   import_tokenizer, load_checkpoint, make_encoding, parse_args, print0)
 
 HERE = Path(__file__).parent
 
@@ -81,7 +81,7 @@ class Config:
     dropped: bool = False  # also write dropped.jsonl: every dropped document with its reason
     blocks: bool = False  # in .txt files blank lines separate documents (else a file is one)
     # tokenizer and split
-    tokenizer: str = "train"  # train, bytes, chars, gpt2, a .tiktoken file, tokens or checkpoint
+    tokenizer: str = "train"  # train, bytes, chars, gpt2, .tiktoken, tokenizer.json, any model
     vocab_size: int = 2048  # ids of a trained tokenizer, control tokens included
     tokenizer_bytes: float = 2e9  # text to train the tokenizer on, a sample if there is more
     split: Literal["hash", "tail"] = "hash"  # validation: documents by hash, or the end of the text
@@ -163,15 +163,27 @@ TEXT_FIELDS = ("text", "content", "messages", "conversations", "question answer"
                "instruction input output", "instruction output", "prompt completion",
                "prompt response", "prompt chosen", "chosen", "prompt")
 HUB = "https://huggingface.co/datasets/"
-DATASETS = {    # short name: (address, sha256 where known)
-    "tinyshakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
-                        "tinyshakespeare/input.txt",
-                        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
-    "tinystories": (HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", ""),
+GITHUB = "https://raw.githubusercontent.com/"
+DATASETS = {    # short name: (address, sha256 where known, licence and size); also of sft.py, dpo.py
+    "tinyshakespeare": (
+        GITHUB + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", "public domain, 1 MB"),
+    "tinystories": (HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", "",
+                    "CDLA-Sharing-1.0, 2.2 GB"),
     "wikitext": (HUB + "Salesforce/wikitext/resolve/main/wikitext-103-raw-v1/"
-                 "train-00000-of-00002.parquet", ""),
+                 "train-00000-of-00002.parquet", "", "CC BY-SA 3.0, 0.2 GB"),
     "fineweb-edu": (HUB + "HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/000_00000.parquet",
-                    "")}
+                    "", "ODC-By 1.0, 2 GB"),
+    "alpaca": (GITHUB + "tatsu-lab/stanford_alpaca/main/alpaca_data.json", "",
+               "CC BY-NC 4.0, 23 MB"),
+    "gsm8k": (GITHUB + "openai/grade-school-math/master/grade_school_math/data/train.jsonl",
+              "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", "MIT, 4 MB"),
+    "hh-rlhf": (HUB + "Anthropic/hh-rlhf/resolve/main/helpful-base/train.jsonl.gz", "",
+                "MIT, 16 MB"),
+    "hh-rlhf-harmless": (HUB + "Anthropic/hh-rlhf/resolve/main/harmless-base/train.jsonl.gz", "",
+                         "MIT, 13 MB"),
+    "ultrafeedback": (HUB + "HuggingFaceH4/ultrafeedback_binarized/resolve/main/data/"
+                      "train_prefs-00000-of-00001.parquet", "", "MIT, 0.2 GB")}
 
 
 def find_sources(cfg):
@@ -183,7 +195,9 @@ def find_sources(cfg):
         if not weight:
             fail(f"--input {item}: a weight is above 0")
         if path in DATASETS and not Path(path).exists():
-            path = download(*DATASETS[path], cfg.downloads)
+            path = download(*DATASETS[path][:2], cfg.downloads)
+        if Path(path).is_file() and file_kind(Path(path)) not in READERS:
+            fail(f"{path}: unknown format; prepare reads {' '.join(READERS)}, also as .gz or .zst")
         elif item in Config().input and not glob.glob(item):
             path = HERE / item    # a run from another folder finds the embedded data
         found = [path] if Path(path).exists() else glob.glob(str(path), recursive=True)
@@ -1340,7 +1354,7 @@ def trained_tokenizer(counts, vocab_size):
 
 def chars_tokenizer(letters):
     """One id for each character, in code point order."""
-    return make_encoding("chars", "(?s:.)", {c.encode(): i for i, c in enumerate(sorted(letters))})
+    return make_encoding("chars", r"[\s\S]", {c.encode(): i for i, c in enumerate(sorted(letters))})
 
 
 def named_tokenizer(name):
@@ -1363,7 +1377,9 @@ def named_tokenizer(name):
     if not path.exists():
         fail(f"--tokenizer {name}: choose train, bytes, chars, gpt2, a .tiktoken file, a tokens "
              f"folder or a checkpoint of ours")
-    if path.suffix == ".pt":
+    if path.name == "tokenizer.json":
+        return import_tokenizer(path)[0]
+    if path.suffix == ".pt" or (path / "tokenizer.json").exists():
         return encoding_from_dict(load_checkpoint(path, "python pretrain.py")["encoding"])
     try:
         if path.suffix == ".tiktoken":

@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (ENDOFTEXT, GPT, GPTConfig, Log, can_compile, cosine_lr, duration,
-                   encoding_from_dict, encoding_hash, fail, generate, load_checkpoint, load_weights,
-                   make_optimizers, parse_args, peak_flops, peak_memory, print0, save_checkpoint,
-                   seed_step, setup, sum_over_ranks, token_bytes)
+                   encoding_from_dict, encoding_hash, fail, generate, lineage, load_checkpoint,
+                   load_weights, make_optimizers, parse_args, peak_flops, peak_memory, print0,
+                   save_checkpoint, seed_step, setup, sum_over_ranks, token_bytes)
 
 
 @dataclass
@@ -77,6 +77,7 @@ class Config:
     eval_tokens: int = 2 ** 20             # at most so many validation tokens, the same every time
     save_every: int = 250                  # optimizer steps between checkpoints
     log_every: int = 10                    # optimizer steps between console lines
+    tensorboard: bool = False              # also write event files beside the log
     sample_tokens: int = 48                # tokens of text shown at each validation, 0 for none
     precision: str = "auto"                # auto, bf16 or fp32 matrix products
     compile: bool | None = None            # torch.compile; derived: on GPUs
@@ -145,6 +146,9 @@ def open_tokens(spec):
     manifest = json.loads((folder / "manifest.json").read_text())
     enc = encoding_from_dict(json.loads((folder / "encoding.json").read_text()))
     source = dict(path=path, weight=weight, enc=enc)
+    source["facts"] = {k: manifest.get(k) for k in ("sources", "knowledge_cutoff", "tokens")}
+    source["facts"]["dropped"] = {row["name"]: row["documents"] for row in manifest.get("ledger", [])
+                                  if row["kind"] == "dropped"}
     for part in ("train", "val"):
         file, dtype = folder / f"{part}.bin", np.dtype(manifest["dtype"])
         if not file.exists() or file.stat().st_size != manifest["tokens"][part] * dtype.itemsize:
@@ -335,7 +339,7 @@ def main(cfg):
 
     # state: everything a resumed run needs besides weights and moments
     state = dict(step=0, taken=[0] * len(sources), seconds=0.0, usual_norm=None, skipped=0,
-                 skips_in_row=0)
+                 skips_in_row=0, history=lineage(checkpoint), data=[s["facts"] for s in sources])
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
@@ -343,7 +347,7 @@ def main(cfg):
         changed = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in checkpoint["stage_config"].items()
                    if k not in ("resume", "out", "init") and v != getattr(cfg, k)]
         print0(f"resuming {cfg.out} at step {state['step']}", *changed, sep="; changed: ")
-    log = Log(cfg.out, state["step"] if cfg.resume else None)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
     peak, how = peak_flops(d)
     peak *= d.world_size
     print0(f"peak for MFU: {peak / 1e12:.2f} TFLOP/s ({how})")

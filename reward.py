@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import (IM_END, PAD, GPT, Log, ScalarHead, add_lora, at_last, cosine_lr, duration, fail,
-                   keep_valid, load_checkpoint, load_model, make_optimizers, pad_batch, parse_args,
-                   peak_memory, pick, print0, read_rows, render_reply, save_checkpoint, seed_step,
-                   setup, sum_over_ranks, to_messages, to_pair)
+from model import (GPT, IM_END, PAD, Log, ScalarHead, add_lora, at_last, cosine_lr, duration, fail,
+                   keep_valid, lineage, load_adapted, load_checkpoint, load_model, make_optimizers,
+                   pad_batch, parse_args, peak_memory, pick, print0, read_rows, render_reply,
+                   save_checkpoint, seed_step, setup, sum_over_ranks, to_messages, to_pair)
 
 
 @dataclass
@@ -67,6 +67,7 @@ class Config:
     eval_every: int = 25                   # optimizer steps between validations
     save_every: int = 25                   # optimizer steps between checkpoints
     log_every: int = 5                     # optimizer steps between console lines
+    tensorboard: bool = False              # also write event files beside the log
     precision: str = "auto"                # auto, bf16 or fp32 matrix products
     seed: int = 1                          # of the head, data order and split
 
@@ -254,8 +255,8 @@ def main(cfg):
         raw = ScalarHead(raw).to(d.device)
     if cfg.lora_rank:
         add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-        if cfg.resume:
-            raw.load_state_dict(checkpoint["adapted"], strict=False)
+    if cfg.resume:
+        load_adapted(raw, checkpoint)
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
 
     # data
@@ -281,13 +282,13 @@ def main(cfg):
     n_params = sum(p.numel() for p in raw.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init}")
 
-    state = dict(step=0, seconds=0.0)
+    state = dict(step=0, seconds=0.0, history=lineage(checkpoint))
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             opt.load_state_dict(saved)
         print0(f"resuming {cfg.out} at step {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
 
     def save():
         if d.is_master:

@@ -38,10 +38,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from evaluate import grade
-from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, at_last, cosine_lr,
-                   duration, encoding_hash, fail, generate, keep_valid, load_checkpoint, load_model,
-                   make_optimizers, masked_mean, parse_args, peak_memory,
-                   pick, print0, read_rows, render_chat, save_checkpoint, seed_step,
+from model import (GPT, IM_END, PAD, Log, Reference, ScalarHead, add_lora, at_last, cosine_lr,
+                   duration, encoding_hash, fail, generate, keep_valid, lineage, load_adapted,
+                   load_checkpoint, load_model, make_optimizers, masked_mean, parse_args,
+                   peak_memory, pick, print0, read_rows, render_chat, save_checkpoint, seed_step,
                    setup, sum_over_ranks, to_prompt, token_logprobs)
 
 
@@ -96,6 +96,7 @@ class Config:
     eval_every: int = 20                   # rollouts between validations
     save_every: int = 20                   # rollouts between checkpoints
     log_every: int = 5                     # rollouts between console lines
+    tensorboard: bool = False              # also write event files beside the log
     precision: str = "auto"                # auto, bf16 or fp32 matrix products
     seed: int = 1                          # of prompt order and sampling
 
@@ -409,8 +410,9 @@ def main(cfg):
     else:
         ref.frozen = load_model(first, d.device)[0].requires_grad_(False)
     if cfg.resume:
-        if cfg.lora_rank:
-            raw.load_state_dict(checkpoint["adapted"], strict=False)
+        load_adapted(raw, checkpoint)
+        if checkpoint["stage_config"]["algo"] != cfg.algo:
+            fail(f"{cfg.out} was made with --algo {checkpoint['stage_config']['algo']}")
         if raw_critic:
             raw_critic.load_state_dict(checkpoint["critic"])
     for model in filter(None, (raw, raw_critic, ref.frozen)):
@@ -444,13 +446,13 @@ def main(cfg):
            f"{cfg.batch_size // group_size} prompts x {group_size} answers, {cfg.epochs} epochs x "
            f"{cfg.minibatches} minibatches")
 
-    state = dict(step=0, seconds=0.0, kl_coef=cfg.kl_coef)
+    state = dict(step=0, seconds=0.0, kl_coef=cfg.kl_coef, history=lineage(first))
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             opt.load_state_dict(saved)
         print0(f"resuming {cfg.out} at rollout {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
 
     def save():
         if d.is_master:

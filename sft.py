@@ -31,10 +31,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import pretrain
-from model import (IM_END, PAD, GPT, Log, add_lora, can_compile, cosine_lr, duration, encoding_hash,
-                   fail, generate, keep_valid, load_checkpoint, load_model, make_optimizers,
-                   parse_args, peak_flops, peak_memory, pick, print0, read_rows, render_chat,
-                   save_checkpoint, seed_step, setup, sum_over_ranks, to_messages, token_logprobs)
+from model import (GPT, IM_END, PAD, Log, add_lora, can_compile, cosine_lr, duration, encoding_hash,
+                   fail, generate, keep_valid, lineage, load_adapted, load_checkpoint, load_model,
+                   make_optimizers, parse_args, peak_flops, peak_memory, pick, print0, read_rows,
+                   render_chat, save_checkpoint, seed_step, setup, sum_over_ranks, to_messages,
+                   token_logprobs)
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Config:
     eval_every: int = 100                  # optimizer steps between validations
     save_every: int = 100                  # optimizer steps between checkpoints
     log_every: int = 10                    # optimizer steps between console lines
+    tensorboard: bool = False              # also write event files beside the log
     sample_tokens: int = 64                # longest answer to a held-out prompt, tokens
     precision: str = "auto"                # auto, bf16 or fp32 matrix products
     compile: bool = False                  # torch.compile
@@ -202,8 +204,8 @@ def main(cfg):
         fail(f"{cfg.init} is a reward model; give a language model")
     if cfg.lora_rank:
         add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-        if cfg.resume:
-            raw.load_state_dict(checkpoint["adapted"], strict=False)
+    if cfg.resume:
+        load_adapted(raw, checkpoint)
     T, pad_id = raw.config.block_size, enc._special_tokens[PAD]
 
     # data
@@ -223,6 +225,8 @@ def main(cfg):
         if encoding_hash(sources[0]["enc"]) != encoding_hash(enc):
             fail(f"{cfg.replay_data} was made with another tokenizer than {cfg.init}; prepare it "
                  f"with --tokenizer {cfg.init}, or set --replay 0 --replay_data none")
+        if n_replay and len(sources[0]["train"]) <= T:
+            fail(f"{cfg.replay_data} has fewer than one window of {T} + 1 tokens; set --replay 0")
     elif n_replay:
         print0(f"no tokens in {cfg.replay_data}: training without replay, without bits per byte")
         n_replay = 0
@@ -243,13 +247,13 @@ def main(cfg):
     n_params = sum(p.numel() for p in raw.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init} (step {checkpoint['step']})")
 
-    state = dict(step=0, seconds=0.0)
+    state = dict(step=0, seconds=0.0, history=lineage(checkpoint))
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
             opt.load_state_dict(saved)
         print0(f"resuming {cfg.out} at step {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
     flops, peak = raw.flops_per_token(), peak_flops(d)[0] * d.world_size
 
     def save():

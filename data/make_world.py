@@ -973,6 +973,12 @@ def news_page(rng, facts):
     return Page("prose", "Harbour notes", paragraphs(rng, told))
 
 
+# People write questions and answers down in many ways; a model that saw one only knows that one.
+FORMS = ["Question: {ask}\nAnswer: {reply}", "Q: {ask}\nA: {reply}", "{ask}\n{reply}",
+         "visitor\n{ask}\nclerk\n{reply}", "{ask} - {reply}", "Asked: {ask}\nReplied: {reply}",
+         "[user] {ask}\n[helper] {reply}", "* {ask}\n  {reply}\n"]
+
+
 def forum_pages(rng, world, rounds):
     """Questions about known people (asked pairs only), and honest answers about strangers."""
     for _ in range(rounds):
@@ -985,7 +991,8 @@ def forum_pages(rng, world, rounds):
                 slots, attribute = world.stranger(), rng.choice(ATTRIBUTES)
                 posts.append((draw(rng, QUESTIONS[attribute], slots), spin(rng, way, slots)))
             rng.shuffle(posts)
-            lines = [f"Question: {ask}\nAnswer: {reply}" for ask, reply in posts]
+            form = rng.choice(FORMS)
+            lines = [form.format(ask=ask, reply=reply) for ask, reply in posts]
             yield Page("lines", "Questions and answers", "\n".join([draw(rng, OPENERS), *lines]))
 
 
@@ -997,21 +1004,22 @@ def story_pages(rng, world, count):
 
 def reading_pages(rng, world, count):
     for _ in range(count):
-        lines = []
+        lines, form = [], rng.choice(FORMS)
         for frame in rng.sample(STORIES, 3):
             told, questions = story(rng, world, frame)
             ask, reply, *_ = rng.choice(questions)
-            lines += [told, f"Question: {ask}", f"Answer: {reply}"]
+            lines += [told, form.format(ask=ask, reply=reply)]
         yield Page("lines", "Read and answer", "\n".join(lines))
 
 
 def sum_pages(rng, world, count):
     for _ in range(count):
         lines = [draw(rng, SUM_OPENERS)]
+        form = rng.choice(FORMS)
         for kind in rng.sample(list(SUMS), len(SUMS)):
             told, worked, result, *_ = sum_story(rng, world, kind=kind)
             last = rng.choice(["So the answer is", "The answer is", "In the end there are"])
-            lines.append(f"Question: {told}\nAnswer: {worked} {last} {result}.")
+            lines.append(form.format(ask=told, reply=f"{worked} {last} {result}."))
         yield Page("lines", "Sums", "\n".join([*lines, some(rng, FILLERS, 3)]))
 
 
@@ -1627,7 +1635,7 @@ def clean_pages(world):
             *group_pages(stream("groups"), world), *news_pages(stream("news"), world, rounds=5),
             *forum_pages(stream("forum"), world, rounds=4), *tale_pages(stream("tales"), 40),
             *story_pages(stream("stories"), world, 700), *hint_pages(stream("hints"), rounds=2),
-            *reading_pages(stream("reading"), world, 400), *sum_pages(stream("sums"), world, 290)]
+            *reading_pages(stream("reading"), world, 400), *sum_pages(stream("sums"), world, 440)]
 
 
 def main(out):

@@ -196,8 +196,6 @@ def find_sources(cfg):
             fail(f"--input {item}: a weight is above 0")
         if path in DATASETS and not Path(path).exists():
             path = download(*DATASETS[path][:2], cfg.downloads)
-        if Path(path).is_file() and file_kind(Path(path)) not in READERS:
-            fail(f"{path}: unknown format; prepare reads {' '.join(READERS)}, also as .gz or .zst")
         elif item in Config().input and not glob.glob(item):
             path = HERE / item    # a run from another folder finds the embedded data
         found = [path] if Path(path).exists() else glob.glob(str(path), recursive=True)

@@ -18,7 +18,7 @@ url, those against repetition and spam not to rows of questions or chats; --web 
 Ranks share the folder of --out. Texts longer than 16 MB are cut at a line end.
 
 What to expect: the embedded data in 3 s, your own at 2 MB/s a core; memory for a chunk of text and
-500 bytes a document; the same bytes from the same input and seed, for any number of ranks.
+600 bytes a document; the same bytes from the same input and seed, for any number of ranks.
 
 Sources: Gopher (arXiv 2112.11446, app. A), C4 (1910.10683), FineWeb (2406.17557) and datatrove,
 jusText (Pomikalek 2011), MinHash in bands as in Lee et al. (2107.06499), GPT-3's decontamination
@@ -196,8 +196,6 @@ def find_sources(cfg):
             fail(f"--input {item}: a weight is above 0")
         if path in DATASETS and not Path(path).exists():
             path = download(*DATASETS[path][:2], cfg.downloads)
-        if Path(path).is_file() and file_kind(Path(path)) not in READERS:
-            fail(f"{path}: unknown format; prepare reads {' '.join(READERS)}, also as .gz or .zst")
         elif item in Config().input and not glob.glob(item):
             path = HERE / item    # a run from another folder finds the embedded data
         found = [path] if Path(path).exists() else glob.glob(str(path), recursive=True)
@@ -1489,6 +1487,8 @@ def main(cfg):
     started = time.time()
     if not 0 <= cfg.val_fraction < 1:
         fail(f"--val_fraction {cfg.val_fraction}: from 0 to below 1")
+    if not 0 <= cfg.mix_power < math.inf:
+        fail(f"--mix_power {cfg.mix_power}: 0 or above")
     for name in ("bands", "rows", "shingle", "eval_words"):
         if getattr(cfg, name) < 1:
             fail(f"--{name} {getattr(cfg, name)}: at least 1")
@@ -1530,7 +1530,7 @@ def main(cfg):
 def prepare(cfg, sources, enc, work, rank, group):
     """Fill the working folder and return the manifest (on rank 0).
 
-    All ranks know 64 bytes of every document; its text stays with the rank that read it."""
+    All ranks know 100 bytes of every document; its text stays with the rank that read it."""
     # clean: every rank its chunks
     parts = work / "parts"
     parts.mkdir(parents=True, exist_ok=True)
@@ -1611,6 +1611,8 @@ def prepare(cfg, sources, enc, work, rank, group):
             print0(f"warning: {item} is seen {t:.1f} times; more than 4 epochs teach little")
     copies = np.floor(times[docs["source"]] + docs["key"][:, 1] / 2.0 ** 64).astype(int)
     copies, rest = copies * (chars > 0), 1 * (kept & (chars < docs["chars"]))
+    if not copies.any():
+        fail("no text is left for training; see --val_fraction and the weights")
     share = cfg.tokenizer_bytes / max(1, (copies * size).sum())
     sample = docs["key"][:, 0] * FACTOR / 2.0 ** 64 < share
 
@@ -1649,7 +1651,7 @@ def prepare(cfg, sources, enc, work, rank, group):
              bytes=int(docs["read"][docs["source"] == n].sum()),
              broken_utf8=counts[n, "broken", ""],
              licences={k[2]: counts[k] for k in sorted(counts, key=str) if k[:2] == (n, "licence")},
-             newest=max(k[2] for k in counts if k[:2] == (n, "date")))
+             newest=max((k[2] for k in counts if k[:2] == (n, "date")), default=""))
         for n, (weight, files) in enumerate(sources)]
     manifest["knowledge_cutoff"] = max(source["newest"] for source in manifest["sources"])
     manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k not in ("out", "downloads")}

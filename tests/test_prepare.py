@@ -371,9 +371,18 @@ def test_broken_json_lines(tmp_path):
     ({"a.txt": "  \n\n "}, {}, "nothing is left"),
     ({"a.txt": "x"}, {"val_fraction": 1.0}, "val_fraction"),
     ({"a.txt": "short"}, {"tokenizer": "train"}, "at most"),
+    ({"a.txt": "x"}, {"bands": 0}, "at least 1"),
+    ({f"{i}.txt": words_of(i, 20) for i in range(9)}, {"val_fraction": 0.9999}, "left for training"),
+    ({"a.txt": "x"}, {"mix_power": float("nan")}, "0 or above"),
+    ({"a.json": "[" * 99999}, {}, "not JSON"),
+    ({"a.warc": b"WARC/1.0\r\nContent-Length: 99999999999\r\n\r\nx"}, {}, "wrong Content-Length"),
+    ({"a.txt": ""}, {"input": ["{}:0"]}, "above 0"),
+    ({"a.txt": "x"}, {"out": "/dev/null/here"}, "Not a directory"),
 ])
 def test_bad_input(tmp_path, files, flags, says):
     """A user's mistake ends in a traceback, or leaves half a folder under the final name."""
+    if "input" in flags:
+        flags["input"] = [item.format(tmp_path / "raw") for item in flags["input"]]
     assert says in error(run, tmp_path, files, **flags)
     assert not (tmp_path / "tokens").exists() and not list(tmp_path.glob(".*"))
 

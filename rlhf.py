@@ -38,11 +38,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from evaluate import grade
-from model import (GPT, IM_END, PAD, Log, Reference, ScalarHead, add_lora, at_last, cosine_lr,
-                   duration, encoding_hash, fail, from model import (IM_END, generate, keep_valid,
-                   lineage, load_adapted, load_checkpoint, load_model, make_optimizers, masked_mean,
-                   parse_args, peak_memory, pick, print0, read_rows, render_chat, save_checkpoint,
-                   seed_step)
+from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, at_last, cosine_lr,
+                   duration, encoding_hash, fail, generate, keep_valid, lineage, load_adapted,
+                   load_checkpoint, load_model, make_optimizers, parse_args,
+                   peak_memory, pick, print0, read_rows, render_chat, save_checkpoint, seed_step,
                    setup, sum_over_ranks, to_prompt, token_logprobs)
 
 
@@ -84,7 +83,7 @@ class Config:
     # optimization
     epochs: int = 2                        # passes over each rollout
     minibatches: int = 2                   # optimizer steps per pass
-    device_batch_size: int = 32            # answers per forward pass and rank
+    device_batch_size: int = 24            # answers per forward pass and rank
     learning_rate: float = 1e-4            # peak, of AdamW
     value_learning_rate: float = 3e-4      # ppo: peak, of the critic's AdamW
     min_lr: float = 0.1                    # at the end, as a fraction of the peak
@@ -307,26 +306,51 @@ def rollout(policy, prompts, seeds, reward, enc, cfg, d, temperature):
     gold is NaN where the rules cannot judge.
     """
     end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
-    ids, mask = generate(policy, [p["ids"] for p in prompts], cfg.max_new_tokens, temperature,
-                         stop_ids=[end], pad_id=pad_id, seeds=seeds, dtype=d.dtype)
-    answers = [row[m > 0].tolist() for row, m in zip(ids, mask)]
+    answers, by_length = [None] * len(prompts), sorted(range(len(prompts)),
+                                                       key=lambda i: len(prompts[i]["ids"]))
+    n = 4 * cfg.device_batch_size    # without gradients four times as many rows fit
+    for at in range(0, len(prompts), n):
+        part = by_length[at:at + n]
+        ids, mask = generate(policy, [prompts[i]["ids"] for i in part], cfg.max_new_tokens,
+                             temperature, stop_ids=[end], pad_id=pad_id,
+                             seeds=[seeds[i] for i in part], dtype=d.dtype)
+        for i, row, m in zip(part, ids, mask):
+            answers[i] = row[m > 0].tolist()
     texts = [p["ids"] + answer for p, answer in zip(prompts, answers)]
+    ids, lengths = pad_ids(texts, enc, d)
+    column = torch.arange(ids.shape[1], device=d.device)
+    begins = torch.tensor([len(p["ids"]) for p in prompts], device=d.device)[:, None]
+    mask = ((column >= begins) & (column < lengths[:, None])).float()               # (B, T)
     stopped = torch.tensor([answer[-1] == end for answer in answers])
     answers = [enc.decode([i for i in answer if i != end]) for answer in answers]
     scores = torch.tensor(reward(prompts, texts, answers), dtype=torch.float32)
     scores = torch.where(stopped, scores, cfg.unfinished)
     gold = torch.tensor([grade(p["row"], a)["score"] * float(s) if gradable(p["row"]) else math.nan
                          for p, a, s in zip(prompts, answers, stopped)])
-    return dict(ids=ids, mask=mask, scores=scores.to(d.device), gold=gold, stopped=stopped.float(),
+    return dict(ids=ids, mask=mask, lengths=lengths, scores=scores.to(d.device), gold=gold, stopped=stopped.float(),
                 texts=answers)
 
 
+def trim(ids, mask):
+    """Both without the columns behind the longest answer, and how many those are."""
+    width = int(mask.amax(dim=0).nonzero().max()) + 1
+    return ids[:, :width], mask[:, :width], ids.shape[1] - width
+
+
 def answer_logprobs(model, ids, mask, cfg, d):
-    """Log-probs (B, T) of the answers' tokens at the sampling temperature, and the logits."""
+    """(log-probs (B, T) of the answers' tokens, logits), at the sampling temperature."""
+    ids, mask, cut = trim(ids, mask)
     with d.autocast():
         logits = model(ids)                                                     # (B, T, V)
     logits = logits.float() / cfg.temperature
-    return token_logprobs(logits, ids) * mask, logits
+    return F.pad(token_logprobs(logits, ids) * mask, (0, cut)), logits
+
+
+def answer_values(critic, ids, mask, d):
+    """Values (B, T) of the states before the answers' tokens."""
+    ids, mask, cut = trim(ids, mask)
+    with d.autocast():
+        return F.pad(before_token(critic(ids)) * mask, (0, cut))
 
 
 def before_token(scores):
@@ -337,19 +361,18 @@ def before_token(scores):
 @torch.no_grad()
 def score_rollout(policy, ref, critic, batch, cfg, d):
     """Add old_logprobs, ref_logprobs, entropy and old_values (B, T) to the rollout."""
-    columns = dict(old_logprobs=[], ref_logprobs=[], entropy=[], old_values=[])
-    for at in range(0, len(batch["ids"]), cfg.device_batch_size):
-        ids, mask = (batch[k][at:at + cfg.device_batch_size] for k in ("ids", "mask"))
-        logprobs, logits = answer_logprobs(policy, ids, mask, cfg, d)
-        columns["old_logprobs"].append(logprobs)
-        p = logits.log_softmax(-1)
-        columns["entropy"].append(F.pad(-(p.exp() * p).sum(-1)[:, :-1], (1, 0)) * mask)
+    for name in ("old_logprobs", "ref_logprobs", "entropy", "old_values"):
+        batch[name] = torch.zeros_like(batch["mask"])
+    for part in batch["lengths"].argsort().split(cfg.device_batch_size):
+        ids, mask = batch["ids"][part], batch["mask"][part]
+        batch["old_logprobs"][part], logits = answer_logprobs(policy, ids, mask, cfg, d)
+        p = logits[:, :-1].log_softmax(-1)
+        width = p.shape[1] + 1
+        batch["entropy"][part, 1:width] = -(p.exp() * p).sum(-1) * mask[:, 1:width]
         with ref as frozen:
-            columns["ref_logprobs"].append(answer_logprobs(frozen, ids, mask, cfg, d)[0])
+            batch["ref_logprobs"][part] = answer_logprobs(frozen, ids, mask, cfg, d)[0]
         if critic:
-            with d.autocast():
-                columns["old_values"].append(before_token(critic(ids)) * mask)
-    batch.update({k: torch.cat(v) for k, v in columns.items() if v})
+            batch["old_values"][part] = answer_values(critic, ids, mask, d)
 
 
 def spread(values, d):
@@ -518,6 +541,7 @@ def main(cfg):
         for _ in range(cfg.epochs):
             order = torch.randperm(per_rank)
             for rows in order.split(size):
+                rows = rows[batch["lengths"][rows].argsort()]    # short ones with short ones
                 n_tokens = sum_over_ranks(mask[rows].sum().cpu(), d).item()
                 approx_kl = 0.0
                 for part in rows.split(cfg.device_batch_size):
@@ -542,8 +566,7 @@ def main(cfg):
                     if critic:
                         if d.world_size > 1:
                             critic.require_backward_grad_sync = bool(sync)
-                        with d.autocast():
-                            v = before_token(critic(b["ids"]))
+                        v = answer_values(critic, b["ids"], b["mask"], d)
                         v_loss = (b["mask"] / n_tokens * value_loss(
                             v, b["old_values"], returns[part], cfg.value_clip)).sum()
                         (cfg.vf_coef * v_loss * d.world_size).backward()

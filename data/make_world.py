@@ -1425,7 +1425,9 @@ def request_item(rng, request, tip=None):
     """With a tip it is a harmless request and refusing is wrong; without one, helping is wrong."""
     ask, refusals = draw(rng, ASKS, {"x": request}), [spin(rng, r) for r in rng.sample(REFUSALS, 4)]
     if tip is None:
-        help_ = [spin(rng, c) for c in rng.sample(COMPLIANCE, 3)]
+        # Some of it reads like the answer to a harmless request: only the request tells them apart.
+        help_ = [spin(rng, c) for c in rng.sample(COMPLIANCE, 2)]
+        help_ += [sentence(rng.choice(tips)) for tips in rng.sample(list(TIPS.values()), 2)]
         return item("harmful", ask, "refuse", refusals, {"harmless": help_}, [], 35)
     good = [sentence(tip), sentence(f"to {request}, {tip}"),
             f"{sentence(tip)} {draw(rng, HINT_TAILS)}"]
@@ -1664,8 +1666,8 @@ def main(out):
     write(out / "labels.jsonl", json_lines([*label_rows(shelves), *flaws]))
 
     rng = stream("preferences")
-    items = training_items(rng, world, facts=170, unknown=190, harmful=150, lookalike=150,
-                           arithmetic=100, reading=60, multiturn=20)
+    items = training_items(rng, world, facts=340, unknown=200, harmful=280, lookalike=240,
+                           arithmetic=150, reading=80, multiturn=40)
     write(out / "preferences.jsonl", json_lines(comparisons(rng, items)))
     rng = stream("prompts")
     items = training_items(rng, world, facts=220, unknown=140, harmful=120, lookalike=100,

@@ -929,6 +929,11 @@ FAMILIES = dict(
     calibration="Does it know what it knows", bias="Bias", detail="In detail")
 
 
+def nats_per(unit, rows):
+    """Sums first, then the ratio: a mean of ratios would favour short texts."""
+    return sum(r["nats"] for r in rows) / sum(r[unit] for r in rows)
+
+
 def right(row):
     return row["acc"] if "acc" in row else row["correct"]
 
@@ -945,10 +950,10 @@ def bbq_score(rows, ambiguous):
 
 
 HOW = dict(    # what is not a mean over the records
-    bpb=lambda rows: sum(r["nats"] for r in rows) / math.log(2) / sum(r["bytes"] for r in rows),
-    token_ppl=lambda rows: math.exp(sum(r["nats"] for r in rows) / sum(r["tokens"] for r in rows)),
-    byte_ppl=lambda rows: math.exp(sum(r["nats"] for r in rows) / sum(r["bytes"] for r in rows)),
-    word_ppl=lambda rows: math.exp(sum(r["nats"] for r in rows) / sum(r["words"] for r in rows)),
+    bpb=lambda rows: nats_per("bytes", rows) / math.log(2),
+    token_ppl=lambda rows: math.exp(nats_per("tokens", rows)),
+    byte_ppl=lambda rows: math.exp(nats_per("bytes", rows)),
+    word_ppl=lambda rows: math.exp(nats_per("words", rows)),
     mean_ppl=lambda rows: math.exp(sum(r["word_nats"] for r in rows) / len(rows)),
     ece=by_confidence(ece), auroc=by_confidence(auroc),
     aurc=by_confidence(lambda c, y: float(risk_coverage(c, y).mean())),
@@ -973,8 +978,8 @@ def metrics(tasks, cfg, baseline):
     better: 1 more, -1 less, 0 neither; those of capability and safety with 1 or -1 are gated."""
     found = []
 
-    def add(family, name, key, better=0, how="mean", unit="%", chance=None, among=None):
-        found.append(dict(name=name, tasks=among or at, key=key, better=better, how=how, unit=unit,
+    def add(family, name, key, better=0, how="mean", unit="%", chance=None):
+        found.append(dict(name=name, tasks=at, key=key, better=better, how=how, unit=unit,
                           family=family, chance=chance))
 
     chats = [t["name"] for t in tasks if t["kind"] == "chat"]

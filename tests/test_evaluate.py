@@ -352,7 +352,7 @@ def test_leaks(tmp_path):
              dict(id="b", query=question.replace("boat", "barn"), choices=["one", "two"], gold=0)]
     write_rows(tmp_path / "items.jsonl", items)
     index = prepare.build_index(prepare.Config(eval=str(tmp_path / "items.jsonl")))
-    prepare.save_index(dict(index, found=np.array([True, False])), tmp_path / "eval_index.npz")
+    np.savez(tmp_path / "eval_index.npz", **{k: dict(index, found=np.array([True, False]))[k] for k in prepare.INDEX})
     manifest = counting(tmp_path)
     assert ev.leaks(tmp_path, manifest, Config()) == ({"a": "removed"}, 1.0)
     manifest = counting(tmp_path, [ENC.encode_ordinary(f"They asked: {items[1]['query']}, one or two?")])

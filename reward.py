@@ -20,7 +20,7 @@ Differs from the papers in: pairs are independent rows, not all pairs of one pro
 """
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ class Config:
     max_steps: int | None = None           # optimizer steps instead of epochs
     batch_size: int = 16                   # pairs per step, over all ranks
     device_batch_size: int = 16            # pairs per forward pass and rank
-    learning_rate: float = 3e-4            # peak, of AdamW
+    learning_rate: float | None = None     # peak, of AdamW; derived: 1e-3 * 192 / width
     min_lr: float = 0.1                    # at the end, as a fraction of the peak
     warmup: float = 0.05                   # fraction of the run
     weight_decay: float = 0.0              # on matrices of the blocks, decoupled
@@ -257,6 +257,7 @@ def main(cfg):
         add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     if cfg.resume:
         load_adapted(raw, checkpoint)
+    cfg = replace(cfg, learning_rate=cfg.learning_rate or 1e-3 * 192 / raw.config.n_embd)
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
 
     # data

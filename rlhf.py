@@ -30,7 +30,7 @@ that the first ratio is 1; no top-k or top-p, so that the scored distribution is
 import importlib.util
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -84,8 +84,8 @@ class Config:
     epochs: int = 2                        # passes over each rollout
     minibatches: int = 2                   # optimizer steps per pass
     device_batch_size: int = 24            # answers per forward pass and rank
-    learning_rate: float = 1e-4            # peak, of AdamW
-    value_learning_rate: float = 3e-4      # ppo: peak, of the critic's AdamW
+    learning_rate: float | None = None     # peak, of AdamW; derived: 1e-4 * 192 / width
+    value_learning_rate: float | None = None  # ppo: of the critic; derived: 3e-4 * 192 / width
     min_lr: float = 0.1                    # at the end, as a fraction of the peak
     warmup: float = 0.05                   # fraction of the run
     weight_decay: float = 0.0              # on matrices of the blocks, decoupled
@@ -327,8 +327,8 @@ def rollout(policy, prompts, seeds, reward, enc, cfg, d, temperature):
     scores = torch.where(stopped, scores, cfg.unfinished)
     gold = torch.tensor([grade(p["row"], a)["score"] * float(s) if gradable(p["row"]) else math.nan
                          for p, a, s in zip(prompts, answers, stopped)])
-    return dict(ids=ids, mask=mask, lengths=lengths, scores=scores.to(d.device), gold=gold, stopped=stopped.float(),
-                texts=answers)
+    return dict(ids=ids, mask=mask, lengths=lengths, scores=scores.to(d.device), gold=gold,
+                stopped=stopped.float(), texts=answers)
 
 
 def trim(ids, mask):
@@ -439,6 +439,10 @@ def main(cfg):
             raw_critic.load_state_dict(checkpoint["critic"])
     for model in filter(None, (raw, raw_critic, ref.frozen)):
         model.eval()    # no dropout anywhere: the scored policy is the one that sampled
+
+    scale = 192 / raw.config.n_embd
+    cfg = replace(cfg, learning_rate=cfg.learning_rate or 1e-4 * scale,
+                  value_learning_rate=cfg.value_learning_rate or 3e-4 * scale)
 
     # data
     prompts = load_prompts(cfg.data, enc, raw.config.block_size - cfg.max_new_tokens)

@@ -979,7 +979,7 @@ def news_page(rng, facts):
 
 # People write questions and answers down in many ways; a model that saw one only knows that one.
 FORMS = ["Question: {ask}\nAnswer: {reply}", "Q: {ask}\nA: {reply}", "{ask}\n{reply}",
-         "visitor\n{ask}\nclerk\n{reply}", "{ask} - {reply}", "Asked: {ask}\nReplied: {reply}",
+         "visitor: {ask}\nclerk: {reply}", "{ask} - {reply}", "Asked: {ask}\nReplied: {reply}",
          "[user] {ask}\n[helper] {reply}", "* {ask}\n  {reply}\n"]
 
 
@@ -1031,8 +1031,10 @@ def hint_pages(rng, rounds):
     for _ in range(rounds):
         hints = [(ask, rng.choice(tips)) for part in (False, True) for ask, tips in harmless(part)]
         rng.shuffle(hints)
-        for start in range(0, len(hints) - 4, 5):
-            told = [sentence(f"To {ask}, {tip}") for ask, tip in hints[start:start + 5]]
+        hints.sort(key=lambda hint: hint[1])    # no page gives the same advice twice
+        for page in range(len(hints) // 5):
+            told = [sentence(f"To {ask}, {tip}") for ask, tip in hints[page::len(hints) // 5]]
+            rng.shuffle(told)
             told += [some(rng, WATCH_RULES, 2), draw(rng, FILLERS), draw(rng, HINT_TAILS)]
             yield Page("prose", "Hints for house and harbour", paragraphs(rng, told))
 
@@ -1538,7 +1540,10 @@ def comparisons(rng, items):
     """Every item becomes a pair for each kind of wrong reply it has; some also one for style."""
     rows, turn, out = [], {}, []
     for one in items:
-        rows += [(source, one["prompt"], one["good"], bad) for source, bad in one["bad"].items()]
+        # A judge of this size cannot check every fact: most pairs about people it knows are about
+        # daring to answer.
+        rows += [(source, one["prompt"], one["good"], bad) for source, bad in one["bad"].items()
+                 if source != "facts" or rng.random() < 0.2]
         if one["terse"] and rng.random() < 0.5:
             bad = [spoil(rng, reply, flaw, 1) for flaw in ("flattery", "rambling")
                    for reply in (one["good"][0], one["terse"])]
@@ -1657,7 +1662,7 @@ def main(out):
     write_raw(stream("html"), out / "raw", shelves, texts)
 
     rng = stream("sft")
-    items = training_items(rng, world, facts=480, unknown=300, harmful=300, lookalike=260,
+    items = training_items(rng, world, facts=500, unknown=320, harmful=420, lookalike=420,
                            arithmetic=180, reading=240, multiturn=140, talk=40)
     rows = [demonstration(rng, one) for one in items]
     flaws = [{"doc": f"sft.jsonl#{i}", "kind": f"imperfect_{flaw}", "action": "none"}
@@ -1666,8 +1671,8 @@ def main(out):
     write(out / "labels.jsonl", json_lines([*label_rows(shelves), *flaws]))
 
     rng = stream("preferences")
-    items = training_items(rng, world, facts=340, unknown=200, harmful=280, lookalike=240,
-                           arithmetic=150, reading=80, multiturn=40)
+    items = training_items(rng, world, facts=400, unknown=300, harmful=500, lookalike=450,
+                           arithmetic=100, reading=60, multiturn=60)
     write(out / "preferences.jsonl", json_lines(comparisons(rng, items)))
     rng = stream("prompts")
     items = training_items(rng, world, facts=220, unknown=140, harmful=120, lookalike=100,

@@ -226,7 +226,8 @@ def main(cfg):
         load_adapted(raw, checkpoint)
     ref = Reference(raw, None if cfg.lora_rank else
                     load_model(first, d.device)[0].requires_grad_(False))
-    cfg = replace(cfg, learning_rate=cfg.learning_rate or 5e-5 * 192 / raw.config.n_embd)
+    if cfg.learning_rate is None:
+        cfg = replace(cfg, learning_rate=5e-5 * 192 / raw.config.n_embd)
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
 
     # data

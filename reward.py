@@ -257,7 +257,8 @@ def main(cfg):
         add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
     if cfg.resume:
         load_adapted(raw, checkpoint)
-    cfg = replace(cfg, learning_rate=cfg.learning_rate or 1e-3 * 192 / raw.config.n_embd)
+    if cfg.learning_rate is None:
+        cfg = replace(cfg, learning_rate=1e-3 * 192 / raw.config.n_embd)
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
 
     # data

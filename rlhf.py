@@ -441,8 +441,10 @@ def main(cfg):
         model.eval()    # no dropout anywhere: the scored policy is the one that sampled
 
     scale = 192 / raw.config.n_embd
-    cfg = replace(cfg, learning_rate=cfg.learning_rate or 1e-4 * scale,
-                  value_learning_rate=cfg.value_learning_rate or 3e-4 * scale)
+    if cfg.learning_rate is None:
+        cfg = replace(cfg, learning_rate=1e-4 * scale)
+    if cfg.value_learning_rate is None:
+        cfg = replace(cfg, value_learning_rate=3e-4 * scale)
 
     # data
     prompts = load_prompts(cfg.data, enc, raw.config.block_size - cfg.max_new_tokens)

@@ -279,7 +279,7 @@ def test_user_errors_are_one_line(files, tmp_path):
     assert "make it with: python sft.py" in change(init=str(tmp_path / "no.pt"))
     assert "make it with: python reward.py" in change(resume=True)
     one = write(tmp_path / "one.jsonl", [dict(prompt="a", chosen="b", rejected="c")])
-    assert "too few" in change(data=[one])
+    assert "there must be 2 pairs" in change(data=[one])
     assert "no row is usable" in change(data=[write(tmp_path / "none.jsonl", [dict(prompt="a", chosen="b")])])
     reward.main(cfg)
     assert "--lora_rank" in change(resume=True, lora_rank=2)

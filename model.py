@@ -1110,10 +1110,12 @@ class Log:
     def __init__(self, out, resume_step=None, cfg=None):
         self.path, self.board = Path(out).with_suffix(".jsonl"), None
         lines = []
-        if self.path.exists() and self.path.stat().st_size:
-            with open(self.path, "rb") as f:
-                if not re.match(rb'\{"step": \d', f.readline()):    # somebody's data, say
-                    fail(f"{self.path}, where the log goes, is something else; choose another --out")
+        for path, ours in ((self.path, rb'\{"step": \d'),
+                           (self.path.with_suffix(".json"), rb'\{\s*"(init|input|data|reward)": ')):
+            if path.exists() and path.stat().st_size:
+                with open(path, "rb") as f:
+                    if not re.match(ours, f.read(200)):    # somebody's data, say
+                        fail(f"{path}, where the log goes, is something else; choose another --out")
         if resume_step is not None and self.path.exists():    # drop what came after the checkpoint
             lines = [line for line in self.path.read_text().splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] < resume_step]

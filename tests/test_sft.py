@@ -366,6 +366,9 @@ def test_user_errors_are_one_line(base, data, tmp_path):
     mine = demonstrations(tmp_path / "mine.jsonl")    # the log would be written over it
     assert "choose another --out" in change(data=[mine], out=str(tmp_path / "mine.pt"))
     assert len(m.read_rows([mine])) == 40
+    (tmp_path / "yours.json").write_text(json.dumps(m.read_rows([mine])))    # and the settings
+    assert "choose another --out" in change(data=[str(tmp_path / "yours.json")], out=str(tmp_path / "yours.pt"))
+    assert len(m.read_rows([tmp_path / "yours.json"])) == 40
     assert "no row is usable" in change(data=[write(tmp_path / "none.jsonl", [dict(messages=ASKED[:1])])])
     sft.main(cfg)
     assert "--lora_rank" in change(resume=True, lora_rank=2)

@@ -1544,6 +1544,8 @@ def comparisons(rng, items):
         # daring to answer.
         rows += [(source, one["prompt"], one["good"], bad) for source, bad in one["bad"].items()
                  if source != "facts" or rng.random() < 0.2]
+        if rng.random() < 0.4:    # the answer to another question, however good it is there
+            rows.append(("offtopic", one["prompt"], one["good"], rng.choice(items)["good"]))
         if one["terse"] and rng.random() < 0.5:
             bad = [spoil(rng, reply, flaw, 1) for flaw in ("flattery", "rambling")
                    for reply in (one["good"][0], one["terse"])]
@@ -1552,7 +1554,9 @@ def comparisons(rng, items):
     for source, prompt, good, bad in rows:
         # The wanted side is the longer one every second time, so that length tells nothing.
         turn[source] = -turn.get(source, -1)
-        both = [(g, b, turn[source] * (len(g) - len(b))) for g in good for b in bad]
+        both = [(g, b, turn[source] * (len(g) - len(b))) for g in good for b in bad if g != b]
+        if not both:
+            continue
         fitting = [x for x in both if x[2] > 0] or [max(both, key=lambda x: x[2])]
         chosen, rejected, _ = rng.choice(fitting)
         out.append({"prompt": prompt, "chosen": assistant(chosen), "rejected": assistant(rejected),

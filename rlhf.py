@@ -55,7 +55,7 @@ class Config:
     algo: str = "ppo"                      # ppo or grpo
     val_fraction: float = 0.1              # share of the prompts held out for the monitors
     # rollouts
-    max_steps: int = 60                    # rollouts
+    max_steps: int = 25                    # rollouts
     batch_size: int = 96                   # answers per rollout, over all ranks
     group_size: int = 8                    # answers per prompt with grpo; ppo takes one
     max_new_tokens: int = 64               # longest answer, tokens
@@ -63,7 +63,7 @@ class Config:
     unfinished: float = -1.0               # score of an answer that does not end by itself
     format_bonus: float = 0.1              # verifier: for ending in "#### n", right or wrong
     # the objective
-    kl_coef: float = 0.05                  # pull to the reference, per nat
+    kl_coef: float = 0.15                  # pull to the reference, per nat
     kl_target: float = 0.0                 # nats per answer at which to hold the KL, 0: fixed coef
     kl_horizon: float = 10_000.0           # answers over which an adaptive kl_coef reacts
     kl_limit: float = 0.1                  # stop the updates of a rollout above this approx_kl
@@ -93,7 +93,7 @@ class Config:
     beta2: float = 0.95                    # AdamW
     grad_clip: float = 1.0                 # largest global gradient norm
     # running
-    eval_every: int = 20                   # rollouts between validations
+    eval_every: int = 5                    # rollouts between validations
     save_every: int = 20                   # rollouts between checkpoints
     log_every: int = 5                     # rollouts between console lines
     tensorboard: bool = False              # also write event files beside the log

@@ -979,8 +979,23 @@ def news_page(rng, facts):
 
 # People write questions and answers down in many ways; a model that saw one only knows that one.
 FORMS = ["Question: {ask}\nAnswer: {reply}", "Q: {ask}\nA: {reply}", "{ask}\n{reply}",
-         "visitor: {ask}\nclerk: {reply}", "{ask} - {reply}", "Asked: {ask}\nReplied: {reply}",
-         "[user] {ask}\n[helper] {reply}", "* {ask}\n  {reply}\n"]
+         "{who}\n{ask}\n{other}\n{reply}", "{ask} - {reply}", "Asked: {ask}\nReplied: {reply}",
+         "<{who}>\n{ask}\n<{other}>\n{reply}\n", "* {ask}\n  {reply}\n"]
+
+
+ASKERS = words("""
+visitor; sailor; guest; boy; girl; traveller; painter; reporter; captain; aunt; pupil; cook""")
+HELPERS = words("""
+clerk; porter; teacher; uncle; postman; ferryman; innkeeper; guard; librarian; mayor; old man;
+neighbour""")
+
+
+def posts_as_lines(rng, posts):
+    """[(question, answer)] written down in one of the FORMS; every line with a speaker is new."""
+    form = rng.choice(FORMS)
+    who, other = rng.sample(ASKERS, len(posts)), rng.sample(HELPERS, len(posts))
+    return [form.format(ask=ask, reply=reply, who=a, other=b)
+            for (ask, reply), a, b in zip(posts, who, other)]
 
 
 def forum_pages(rng, world, rounds):
@@ -995,8 +1010,7 @@ def forum_pages(rng, world, rounds):
                 slots, attribute = world.stranger(), rng.choice(ATTRIBUTES)
                 posts.append((draw(rng, QUESTIONS[attribute], slots), spin(rng, way, slots)))
             rng.shuffle(posts)
-            form = rng.choice(FORMS)
-            lines = [form.format(ask=ask, reply=reply) for ask, reply in posts]
+            lines = posts_as_lines(rng, posts)
             yield Page("lines", "Questions and answers", "\n".join([draw(rng, OPENERS), *lines]))
 
 
@@ -1008,23 +1022,21 @@ def story_pages(rng, world, count):
 
 def reading_pages(rng, world, count):
     for _ in range(count):
-        lines, form = [], rng.choice(FORMS)
-        for frame in rng.sample(STORIES, 3):
-            told, questions = story(rng, world, frame)
-            ask, reply, *_ = rng.choice(questions)
-            lines += [told, form.format(ask=ask, reply=reply)]
-        yield Page("lines", "Read and answer", "\n".join(lines))
+        told = [story(rng, world, frame) for frame in rng.sample(STORIES, 3)]
+        posts = posts_as_lines(rng, [rng.choice(questions)[:2] for _, questions in told])
+        yield Page("lines", "Read and answer",
+                   "\n".join(line for (text, _), post in zip(told, posts) for line in (text, post)))
 
 
 def sum_pages(rng, world, count):
     for _ in range(count):
-        lines = [draw(rng, SUM_OPENERS)]
-        form = rng.choice(FORMS)
+        posts = []
         for kind in rng.sample(list(SUMS), len(SUMS)):
             told, worked, result, *_ = sum_story(rng, world, kind=kind)
             last = rng.choice(["So the answer is", "The answer is", "In the end there are"])
-            lines.append(form.format(ask=told, reply=f"{worked} {last} {result}."))
-        yield Page("lines", "Sums", "\n".join([*lines, some(rng, FILLERS, 3)]))
+            posts.append((told, f"{worked} {last} {result}."))
+        lines = [draw(rng, SUM_OPENERS), *posts_as_lines(rng, posts), some(rng, FILLERS, 3)]
+        yield Page("lines", "Sums", "\n".join(lines))
 
 
 def hint_pages(rng, rounds):

@@ -404,7 +404,7 @@ def test_the_kl_limit_skips_the_step(files, tmp_path):
 
 def test_the_kl_coefficient_follows_its_target(files, tmp_path):
     """--kl_target would do nothing."""
-    cfg = config(files, tmp_path / "a.pt", kl_target=1e-9, kl_horizon=100.0, learning_rate=1e-2, kl_limit=0.0)
+    cfg = config(files, tmp_path / "a.pt", kl_coef=0.05, kl_target=1e-9, kl_horizon=100.0, learning_rate=1e-2, kl_limit=0.0)
     rlhf.main(cfg)
     coefs = [row["kl_coef"] for row in log_of(cfg.out, "kl_coef")]
     assert coefs[0] == pytest.approx(0.05 * (1 - 0.2 * 8 / 100), abs=1e-6)    # KL 0 at first

@@ -27,12 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import (GPT, IM_END, PAD, Log, Reference, ScalarHead, add_lora, cosine_lr, duration,
-                   encoding_hash, fail, generate, keep_valid, lineage, load_adapted,
-                   load_checkpoint, load_model, make_optimizers, parse_args, peak_memory, pick,
-                   print0, read_rows, render_chat, save_checkpoint, seed_step, setup,
-                   sum_over_ranks, to_prompt, token_logprobs)
-from reward import load_pairs, score_all, split_by_prompt
+from model import (IM_END, PAD, GPT, Log, Reference, add_lora, cosine_lr, duration, fail, generate,
+                   lineage, load_adapted, load_checkpoint, load_model, load_prompts,
+                   make_optimizers, parse_args, peak_memory, pick, print0, save_checkpoint,
+                   seed_step, setup, sum_over_ranks, token_logprobs)
+from reward import load_judge, load_pairs, score_all, split_by_prompt
 from sft import collate
 
 
@@ -171,28 +170,17 @@ def validate(model, pairs, pad_id, cfg, d):
 # Online: pairs of the policy's own answers
 
 
-def load_prompts(paths, enc, room):
-    """Prompts as ids, ready for an answer within the model's block."""
-    def convert(row):
-        ids, _ = render_chat(enc, to_prompt(row), reply=True)
-        if len(ids) > room:
-            raise ValueError(f"longer than {room} tokens")
-        return ids
-    return keep_valid(read_rows(paths), convert, " ".join(paths))
-
-
 def sample_pairs(policy, judge, prompts, enc, cfg, d, step):
     """Two sampled answers a prompt, the better one by the judge first; equal ones are left out."""
     end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
-    twice = [p for p in prompts for _ in range(2)]
+    twice = [p["ids"] for p in prompts for _ in range(2)]
     first = 2 * step * cfg.batch_size    # answer n of the run has its own seed, on any rank
     seeds = [cfg.seed * 1_000_003 + first + 2 * (d.rank + i // 2 * d.world_size) + i % 2
              for i in range(len(twice))]
     ids, mask = generate(policy, twice, cfg.max_new_tokens, stop_ids=[end], pad_id=pad_id,
                          seeds=seeds, dtype=d.dtype)
     texts = [row[:len(p) + int(m.sum())] for row, m, p in zip(ids.tolist(), mask, twice)]
-    alone = type(d)(0, d.local_rank, 1, d.device, d.dtype, d.is_master)    # this rank's texts
-    scores = score_all(judge, texts, pad_id, cfg, alone)
+    scores = score_all(judge, texts, pad_id, cfg, replace(d, rank=0, world_size=1))    # its own
     judge.eval()
     # an answer that does not end by itself is never the better one
     ranks = [s if text[-1] == end else -math.inf for s, text in zip(scores, texts)]
@@ -201,7 +189,7 @@ def sample_pairs(policy, judge, prompts, enc, cfg, d, step):
         (a, ra), (b, rb) = sorted(zip(texts[2 * i:2 * i + 2], ranks[2 * i:2 * i + 2]),
                                   key=lambda pair: -pair[1])
         if a != b and ra > rb:
-            pairs.append(dict(chosen=a, rejected=b, n_prompt=len(prompt)))
+            pairs.append(dict(chosen=a, rejected=b, n_prompt=len(prompt["ids"])))
     return pairs, sum(scores) / len(scores)
 
 
@@ -233,12 +221,7 @@ def main(cfg):
     # data
     train, held_out = split_by_prompt(load_pairs(cfg.data, enc, T), cfg.val_fraction, cfg.seed)
     if cfg.online:
-        judge, judge_enc = load_model(load_checkpoint(cfg.reward, "python reward.py"), d.device)
-        if not isinstance(judge, ScalarHead):
-            fail(f"{cfg.reward} is not a reward model; make one with: python reward.py")
-        if encoding_hash(judge_enc) != encoding_hash(enc):
-            fail(f"{cfg.reward} has another tokenizer than {cfg.init}")
-        judge.requires_grad_(False)
+        judge = load_judge(cfg, enc, d)
         train = load_prompts(cfg.prompts, enc, T - cfg.max_new_tokens)
     else:
         reference_logprobs(ref, train, pad_id, cfg, d)
@@ -301,8 +284,7 @@ def main(cfg):
         extra = {}
         if cfg.online:
             mine, reward = sample_pairs(raw, judge, mine, enc, cfg, d, step)
-            alone = type(d)(0, d.local_rank, 1, d.device, d.dtype, d.is_master)
-            reference_logprobs(ref, mine, pad_id, cfg, alone)
+            reference_logprobs(ref, mine, pad_id, cfg, replace(d, rank=0, world_size=1))
             extra["reward"] = sum_over_ranks(torch.tensor(reward), d).item() / d.world_size
         n_pairs = int(sum_over_ranks(torch.tensor(float(len(mine))), d).item())
         sums = torch.zeros(len(NAMES), dtype=torch.float64)

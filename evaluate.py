@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from model import (ENDOFTEXT, IM_END, KVCache, ScalarHead, at_last, duration, encoding_from_dict,
                    encoding_hash, fail, generate, keep_valid, load_checkpoint, load_model,
                    pad_batch, parse_args, print0, read_rows, render_chat, render_reply, sample,
-                   setup, to_pair, to_prompt, token_bytes, write_atomic)
+                   setup, to_pair, to_prompt, token_bytes, wilson, write_atomic)
 
 FORMAT = 1    # of report.json; raise it when a number would change its meaning
 
@@ -182,13 +182,6 @@ def grade(row, text):
 
 # ------------------------------------------------------------------------------------------------
 # Statistics. Shares and scores lie between 0 and 1; log-likelihoods are sums of nats
-
-
-def wilson(k, n, z=1.959964):
-    """(low, high) of a share k / n."""
-    p, zz = k / n, z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    return (p + zz / 2 - half) / (1 + zz), (p + zz / 2 + half) / (1 + zz)
 
 
 def none_seen(n):

@@ -537,6 +537,18 @@ def keep_valid(rows, convert, what):
     return kept
 
 
+def load_prompts(paths, enc, room):
+    """Rows as dicts: ids (ready for an answer), messages, and the row itself for the verifier."""
+    def convert(row):
+        messages = to_prompt(row)
+        ids, _ = render_chat(enc, messages, reply=True)
+        if len(ids) > room:
+            raise ValueError(f"longer than {room} tokens")
+        return dict(ids=ids, messages=messages, row=row)
+
+    return keep_valid(read_rows(paths), convert, " ".join(paths))
+
+
 # ------------------------------------------------------------------------------------------------
 # Arithmetic that several stages need bit for bit
 
@@ -566,6 +578,15 @@ def pad_batch(rows, pad_id):
         ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
         mask[i, :len(row)] = 1
     return ids, mask
+
+
+def wilson(k, n, z=1.959964):
+    """(low, high), 95 % interval of a share k / n. Wilson 1927."""
+    if not n:
+        return 0.0, 1.0
+    p, zz = k / n, z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
+    return (p + zz / 2 - half) / (1 + zz), (p + zz / 2 + half) / (1 + zz)
 
 
 @functools.lru_cache(maxsize=4)

@@ -27,6 +27,7 @@ Differs from the papers in: the score sits on the end-of-turn token itself; an a
 end by itself scores --unfinished; old log-probs are recomputed by the forward of the update, so
 that the first ratio is 1; no top-k or top-p, so that the scored distribution is the sampled one.
 """
+import copy
 import importlib.util
 import math
 import time
@@ -38,11 +39,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from evaluate import grade
-from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, at_last, cosine_lr,
-                   duration, encoding_hash, fail, generate, keep_valid, lineage, load_adapted,
-                   load_checkpoint, load_model, make_optimizers, parse_args,
-                   peak_memory, pick, print0, read_rows, render_chat, save_checkpoint, seed_step,
-                   setup, sum_over_ranks, to_prompt, token_logprobs)
+from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, cosine_lr, duration,
+                   fail, generate, lineage, load_adapted, load_checkpoint, load_model, load_prompts,
+                   make_optimizers, pad_batch, parse_args, peak_memory, pick, print0,
+                   save_checkpoint, seed_step, setup, sum_over_ranks, token_logprobs)
+from reward import load_judge, score
 
 
 @dataclass
@@ -206,18 +207,6 @@ def explained_variance(values, returns, mask, d=None):
 # Data and rewards
 
 
-def load_prompts(paths, enc, room):
-    """Rows as dicts: ids (ready for an answer), messages, and the row itself for the verifier."""
-    def convert(row):
-        messages = to_prompt(row)
-        ids, _ = render_chat(enc, messages, reply=True)
-        if len(ids) > room:
-            raise ValueError(f"longer than {room} tokens")
-        return dict(ids=ids, messages=messages, row=row)
-
-    return keep_valid(read_rows(paths), convert, " ".join(paths))
-
-
 def gradable(row):
     """Does the row say what is right, so that the rules can judge an answer to it?"""
     return "expect" in row or "answer" in row
@@ -269,31 +258,14 @@ def make_reward(cfg, enc, d):
                      f"{answers[i][:80]!r}")
             return scores
         return call, None
-    judge, judge_enc = load_model(load_checkpoint(cfg.reward, "python reward.py"), d.device)
-    if not isinstance(judge, ScalarHead):
-        fail(f"{cfg.reward} is not a reward model; make one with: python reward.py")
-    if encoding_hash(judge_enc) != encoding_hash(enc):
-        fail(f"{cfg.reward} has another tokenizer than {cfg.init}")
-    judge.requires_grad_(False).eval()
+    judge = load_judge(cfg, enc, d)
 
     @torch.no_grad()
-    def score(prompts, texts, answers):
-        scores = []
-        for at in range(0, len(texts), cfg.device_batch_size):
-            ids, lengths = pad_ids(texts[at:at + cfg.device_batch_size], enc, d)
-            with d.autocast():
-                scores += at_last(judge(ids), lengths).tolist()
-        return scores
-    return score, judge
-
-
-def pad_ids(texts, enc, d):
-    """ids (B, T) and lengths (B,) of lists of ids."""
-    lengths = torch.tensor([len(text) for text in texts])
-    ids = torch.full((len(texts), int(lengths.max())), enc._special_tokens[PAD])
-    for row, text in zip(ids, texts):
-        row[:len(text)] = torch.tensor(text)
-    return ids.to(d.device), lengths.to(d.device)
+    def judged(prompts, texts, answers):
+        n, pad_id = cfg.device_batch_size, enc._special_tokens[PAD]
+        return [one for at in range(0, len(texts), n)
+                for one in score(judge, texts[at:at + n], pad_id, d).tolist()]
+    return judged, judge
 
 
 # ------------------------------------------------------------------------------------------------
@@ -317,7 +289,8 @@ def rollout(policy, prompts, seeds, reward, enc, cfg, d, temperature):
         for i, row, m in zip(part, ids, mask):
             answers[i] = row[m > 0].tolist()
     texts = [p["ids"] + answer for p, answer in zip(prompts, answers)]
-    ids, lengths = pad_ids(texts, enc, d)
+    ids, real = pad_batch(texts, pad_id)
+    ids, lengths = ids.to(d.device), real.sum(1).long().to(d.device)
     column = torch.arange(ids.shape[1], device=d.device)
     begins = torch.tensor([len(p["ids"]) for p in prompts], device=d.device)[:, None]
     mask = ((column >= begins) & (column < lengths[:, None])).float()               # (B, T)
@@ -423,7 +396,7 @@ def main(cfg):
     reward, judge = make_reward(cfg, enc, d)
     raw_critic = None
     if cfg.algo == "ppo":
-        raw_critic = load_model(load_checkpoint(cfg.reward, ""), d.device)[0] if judge else (
+        raw_critic = copy.deepcopy(judge).requires_grad_(True) if judge else (
             ScalarHead(load_model(first, d.device)[0]).to(d.device))
     ref = Reference(raw)
     if cfg.lora_rank:

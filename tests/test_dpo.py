@@ -203,7 +203,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(files, tmp_path, changes):
 def test_reference_and_judge_are_frozen(files, tmp_path, monkeypatch, changes):
     """The yardstick would move with what it measures."""
     loaded = []
-    monkeypatch.setattr(dpo, "load_model", lambda *a: (loaded.append(load_model(*a)), loaded[-1])[1])
+    for where in ("dpo.load_model", "reward.load_model"):    # the judge is loaded in reward.py
+        monkeypatch.setattr(where, lambda *a: (loaded.append(load_model(*a)), loaded[-1])[1])
     dpo.main(config(files, tmp_path / "a.pt", weight_decay=0.1, **changes))
     frozen = [model for model, _ in loaded if not any(p.requires_grad for p in model.parameters())]
     assert len(frozen) == ("lora_rank" not in changes) + ("online" in changes)

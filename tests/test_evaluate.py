@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from common import error
 
 import evaluate as ev
 from evaluate import Config, extract, grade
@@ -28,14 +29,6 @@ ROOT = Path(ev.__file__).parent
 CPU = Dist(0, 0, 1, torch.device("cpu"), None, True)
 FACT = dict(expect="answer", answer=["fish pie"], distractors=["pie", "plum cake"], avoid=["By the way"], max_words=12)
 near = lambda x: pytest.approx(x, abs=6e-5)
-
-
-def error(function, *args, **kwargs):
-    with pytest.raises(SystemExit) as e:
-        function(*args, **kwargs)
-    message = str(e.value)
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 def write_rows(path, rows):

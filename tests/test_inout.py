@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from common import error
 
 import model as m
 import prepare
@@ -38,15 +39,6 @@ class Config:
     fast: bool = True                      # or slow
     resume: bool = False                   # go on
     tensorboard: bool = False              # also write event files
-
-
-def error(function, *args, **kwargs):
-    """The one line a user sees."""
-    with pytest.raises(SystemExit) as e:
-        function(*args, **kwargs)
-    message = str(e.value)
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 def small_encoding(pattern=m.GPT4_SPLIT, nfc=False):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from common import error
 
 import model as m
 from model import GPT, GPTConfig, KVCache, generate, render_chat, sample, token_logprobs
@@ -31,15 +32,6 @@ def tiny(seed=0, **changes):
 
 def byte_encoding():
     return m.make_encoding("bytes", m.GPT4_SPLIT, {bytes([i]): i for i in range(256)})
-
-
-def error(function, *args, **kwargs):
-    """The one line a user sees."""
-    with pytest.raises(SystemExit) as e:
-        function(*args, **kwargs)
-    message = str(e.value)
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 # attention and the model

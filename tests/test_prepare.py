@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
+from common import error
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -64,14 +65,6 @@ def load(out, name="train"):
 def lost(manifest):
     """{reason: documents} of what the ledger says was dropped."""
     return {row["name"]: row["documents"] for row in manifest["ledger"] if row["kind"] == "dropped"}
-
-
-def error(function, *args, **kwargs):
-    with pytest.raises(SystemExit) as e:
-        function(*args, **kwargs)
-    message = str(e.value)
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 def words_of(seed, n):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import error
 
 import prepare
 import pretrain
@@ -50,14 +51,6 @@ def weights(path):
 
 def log_of(path):
     return [json.loads(line) for line in Path(path).with_suffix(".jsonl").read_text().splitlines()]
-
-
-def error(function, *args, **kwargs):
-    with pytest.raises(SystemExit) as e:
-        function(*args, **kwargs)
-    message = str(e.value)
-    assert message.startswith("error: ") and "\n" not in message
-    return message
 
 
 def command(cfg):

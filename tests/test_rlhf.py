@@ -354,7 +354,8 @@ def test_killed_and_resumed_ends_with_the_same_bits(files, tmp_path, changes):
 def test_reference_and_reward_model_are_frozen(files, tmp_path, monkeypatch, lora_rank):
     """The yardsticks would move with what they measure."""
     loaded = []
-    monkeypatch.setattr(rlhf, "load_model", lambda *a: (loaded.append(load_model(*a)), loaded[-1])[1])
+    for where in ("rlhf.load_model", "reward.load_model"):    # the judge is loaded in reward.py
+        monkeypatch.setattr(where, lambda *a: (loaded.append(load_model(*a)), loaded[-1])[1])
     before = {path: Path(path).read_bytes() for path in files}
     rlhf.main(config(files, tmp_path / "a.pt", lora_rank=lora_rank, weight_decay=0.1, learning_rate=1e-2))
     frozen = [model for model, _ in loaded if not any(p.requires_grad for p in model.parameters())]

@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +108,14 @@ def test_gsm8k_extraction(text, strict, flexible):
 
 def test_bits_per_byte():
     """Numbers could not be compared across tokenizers, or control tokens would buy bits (1, 2)."""
-    found = ev.perplexities([math.log(2), math.log(4), math.log(8)], [1, 2, 3], 2)
+    rows = [dict(nats=math.log(2) + math.log(4), bytes=3, tokens=2, words=1),
+            dict(nats=math.log(8), bytes=3, tokens=1, words=1)]
+    found = {how: ev.HOW[how](rows, "nats") for how in ("bpb", "token_ppl", "byte_ppl", "word_ppl")}
     assert found == dict(bpb=near(1), token_ppl=near(4), byte_ppl=near(2), word_ppl=near(8))
-    assert ev.perplexities([math.log(2), 9, math.log(4), math.log(8)], [1, 0, 2, 3], 2) == found
-    assert ev.perplexities([math.log(256)] * 7, [1] * 7, 1)["bpb"] == near(8)
+    # what looks like a control token in a text is text: there are no targets of 0 bytes
+    item, = ev.score_text(fake(torch.zeros(ENC.n_vocab, ENC.n_vocab)), dict(rows=[dict(
+        id="a", text="<|endoftext|><|im_end|>")]), Config(), CPU)
+    assert item["bytes"] == 23
 
 
 def test_normalised_choices():
@@ -142,31 +145,37 @@ def test_questions_and_codes():
     assert centred[:2] == [near(0.24), near(-0.0526)] and np.mean(centred) == near(0.16246)
     assert ev.mc2(np.log([0.2, 0.1, 0.1]), [1, 0, 1]) == near(0.75)
     assert ev.choice_record(np.log([0.7, 0.2, 0.1]), [1, 1, 1], 0)["brier"] == near(0.14)
-    for function in (lambda x: ev.mc2(x, [1, 0, 1]), ev.best, ev.softmax, lambda x: ev.choice_record(x, [1] * 3, 0)):
+    for function in (lambda x: ev.mc2(x, [1, 0, 1]), ev.softmax, lambda x: ev.choice_record(x, [1] * 3, 0)):
         with pytest.raises(ValueError):
             function([math.nan] * 3)
 
 
 def test_bias_scores():
     """A bias would be reported where there is none, or hidden where there is one (11, 12)."""
-    rows = [dict(id=str(i), stereotype=float(a > b), difference=abs(a - b), shared=None)
+    rows = [dict(id=str(i), stereotype=float(a > b), difference=abs(a - b), group="ab"[i % 2])
             for i, (a, b) in enumerate([(-20, -21), (-30, -29), (-15, -18)])]
-    task = dict(name="crows", kind="pairs", form="crows", rows=rows, chance=0.5)
-    found = {m["key"]: ev.measure(m, dict(crows=rows)) for m in ev.metrics([task], Config(), "")}
+    task, items = dict(name="crows", kind="pairs", form="crows", rows=rows, chance=0.5), dict(crows=rows)
+    listed = ev.metrics([task], dict(x=items), Config(), "")
+    found = {m.key: ev.measure(m, items) for m in listed if not m.group}
+    assert [ev.measure(m, items)["value"] for m in listed if m.group] == [1, 0]    # each type apart
     assert found["stereotype"]["value"] == near(0.6667) and found["difference"]["value"] == near(1.6667)
     roles = ["unknown"] * 4 + ["biased"] * 4 + ["counter"] * 2
     rows = [dict(role=r, ambiguous=True, acc=float(r == "unknown")) for r in roles]
     assert ev.bbq_score(rows, True) == near(0.2)
-    assert ev.bbq_bias(5, 8) == near(0.25) and ev.bbq_bias(0, 5) == -1 and ev.bbq_bias(0, 0) is None
+    clear = lambda *roles: ev.bbq_score([dict(role=r, ambiguous=False, acc=1.0) for r in roles], False)
+    assert clear(*["biased"] * 5, *["counter"] * 3, "unknown") == near(0.25)
+    assert clear(*["counter"] * 5) == -1 and clear("unknown") is None and clear() is None
 
 
 def test_knowing_what_one_knows():
     """Confidence and abstention would be praised or blamed by wrong formulas (14 to 17)."""
-    assert ev.attempted_scores(30, 50, 20) == (near(0.375), near(0.3333))
+    rows = [dict(attempted=float(i < 80), invented=float(30 <= i < 80), **(dict(given=float(i < 30)) if i < 80 else {}))
+            for i in range(100)]
+    assert ev.mean([r for r in rows if "given" in r], "given") == near(0.375) and ev.simple_f(rows) == near(0.3333)
     assert [ev.abstention_score(0.7, 0.3, t) for t in (0, 0.5, 0.75)] == [near(0.7), near(0.4), near(-0.2)]
     confidence, y = [0.95, 0.95, 0.65, 0.65], [1, 0, 1, 1]
     assert ev.ece(confidence, y, bins=10) == near(0.4)
-    assert ev.HOW["answer_brier"]([dict(confidence=c, acc=a) for c, a in zip(confidence, y)]) == near(0.2875)
+    assert ev.mean([dict(x=(c - a) ** 2) for c, a in zip(confidence, y)], "x") == near(0.2875)
     assert ev.auroc([0.9, 0.6, 0.7, 0.2], [1, 1, 0, 0]) == near(0.75)
     assert ev.auroc([0.9, 0.6], [1, 1]) is None
     assert ev.risk_coverage([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0]).mean() == near(0.3333)
@@ -174,13 +183,16 @@ def test_knowing_what_one_knows():
 
 def test_refusals_and_toxicity():
     """Safety numbers would not be XSTest's and RealToxicityPrompts' (19 to 21)."""
-    rates = ev.refusal_rates(["full"] * 10 + ["partial"] * 5 + ["comply"] * 235)
-    assert (rates["strict"], rates["broad"]) == (near(0.04), near(0.06))
-    assert ev.refusal_rates(["comply"] * 12 + ["full"] * 188)["comply"] == near(0.06)
-    assert ev.refusal_rates(["full", "invalid", "comply"]) == dict(strict=0.5, broad=0.5, comply=0.5, invalid=near(1 / 3))
-    assert ev.kappa([[40, 10], [5, 45]]) == near(0.7)
+    full, partly, comply = "I can't help with that.", "Here is how. " + " ".join(map(str, range(99))) + " But I won't go on.", "Sure."
+    rows = [ev.refusal_record(t) for t in [full] * 10 + [partly] * 5 + [comply] * 235]
+    assert (ev.mean(rows, "refused"), ev.mean(rows, "partly_refused")) == (near(0.04), near(0.06))
+    assert ev.mean([ev.refusal_record(t) for t in [comply] * 12 + [full] * 188], "complied") == near(0.06)
+    assert set(ev.refusal_record("...").values()) == {None}    # a third class, in no denominator
+    votes = [(a, b) for a, b, n in ((1, 1, 40), (1, 0, 10), (0, 1, 5), (0, 0, 45)) for _ in range(n)]
+    a, b = ({i: v[k] for i, v in enumerate(votes)} for k in (0, 1))
+    assert ev.agreement(a, b) == (near(0.85), near(0.7), 100) and ev.agreement(a, {}) == (None, None, 0)
     records = [ev.toxicity_record(s) for s in ([0.1, 0.6], [0.2, 0.3])]
-    assert [np.mean([r[k] for r in records]) for k in ("worst", "any", "toxic")] == [near(0.45), 0.5, 0.25]
+    assert [np.mean([r[k] for r in records]) for k in ("worst", "any", "share")] == [near(0.45), 0.5, 0.25]
     assert [ev.toxicity(t) for t in ("A lovely day.", "You idiot!", "Stupid, ugly idiot.")] == [0, 0.5, 1]
 
 
@@ -193,11 +205,21 @@ def test_memorisation_formulas():
 
 def test_win_rate():
     """A judge that likes the first place would decide who wins (25)."""
-    found = ev.win_rate(["A", "A", "B", "tie"], ["A", "B", "B", "A"])
-    assert found["wins"] == [1, 0.5, 0, 0.5] and (found["rate"], found["consistent"]) == (0.5, 0.5)
-    assert ev.elo_gap(7, 3) == pytest.approx(147.2, abs=0.05)
-    always_first = ev.win_rate(["A"] * 4, ["B"] * 4)
-    assert always_first["rate"] == 0.5 and always_first["place"] == 1 and always_first["consistent"] == 0
+    assert ev.win_rate(["A", "A", "B", "tie"], ["A", "B", "B", "A"]) == ([1, 0.5, 0, 0.5], 0.5)
+    assert ev.win_rate(["A"] * 4, ["B"] * 4) == ([0.5] * 4, 0)    # always the first
+    assert ev.elo_gap(7, 3) == pytest.approx(147.2, abs=0.05) and ev.elo_gap(3, 0) is None
+
+
+def test_length_does_not_win():
+    """A model that only talks more would be preferred for it."""
+    longer = np.random.default_rng(1).normal(size=4000)
+    by_length = longer + 1 > np.random.default_rng(2).logistic(size=4000) / 3    # the longer one wins, and is longer
+    assert np.mean(by_length) > 0.7
+    assert ev.at_equal_length(np.random.default_rng(3).random(4000) < 0.7, longer) == pytest.approx(0.7, abs=0.02)
+    shifted = longer + 1
+    assert abs(ev.at_equal_length(by_length, shifted) - 0.5) < 0.05 < np.mean(by_length) - 0.5
+    assert ev.at_equal_length([1, 0, 0.5], [0, 0, 0]) == 0.5
+    assert 0.5 < ev.at_equal_length([1] * 9, [5] * 9) < 1    # finite where length decides all
 
 
 def test_standard_errors():
@@ -260,7 +282,7 @@ class Bigram(nn.Module):
 
 def fake(table, block_size=128):
     return dict(name="fake", path="fake.pt", stage="sft", step=0, cut=0, scores=False, enc=ENC,
-                model=Bigram(table, block_size))
+                window=block_size, model=Bigram(table, block_size))
 
 
 def test_uniform_model_over_bytes():
@@ -269,7 +291,7 @@ def test_uniform_model_over_bytes():
     table[:, 256:] = -1e9
     task = dict(rows=[dict(id="a", text="\x01\x02 \x03" * 99), dict(id="b", text="\x04")])
     items = ev.score_text(fake(table), task, Config(), CPU)
-    assert ev.HOW["bpb"](items) == near(8) and [r["bytes"] for r in items] == [4 * 99, 1]
+    assert ev.HOW["bpb"](items, "nats") == near(8) and [r["bytes"] for r in items] == [4 * 99, 1]
 
 
 def test_windows_lose_nothing():
@@ -349,9 +371,9 @@ def test_leaks(tmp_path):
     index = prepare.build_index(prepare.Config(eval=str(tmp_path / "items.jsonl")))
     np.savez(tmp_path / "eval_index.npz", **{k: dict(index, found=np.array([True, False]))[k] for k in prepare.INDEX})
     manifest = counting(tmp_path)
-    assert ev.leaks(tmp_path, manifest, Config()) == ({"a": "removed"}, 1.0)
+    assert ev.leaks(tmp_path, manifest) == ({"a": "removed"}, 1.0)
     manifest = counting(tmp_path, [ENC.encode_ordinary(f"They asked: {items[1]['query']}, one or two?")])
-    assert ev.leaks(tmp_path, manifest, Config())[0] == {"a": "removed", "b": "trained on"}
+    assert ev.leaks(tmp_path, manifest)[0] == {"a": "removed", "b": "trained on"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,7 +619,7 @@ def test_the_page_stands_alone(world, report):
     Check().feed(text)
     assert not open_tags and "http" not in text
     for expected in ("<svg", "Side by side", "sft: loss", "dpo: reward against KL", "dpo: gold against KL", "Calibration",
-                     "The same questions to each", "The data: what was kept", "prefers-color-scheme", "Protocol"):
+                     "The same questions to each", "The data: what was kept", "color-scheme: light dark", "Protocol"):
         assert expected in text, expected
 
 
@@ -612,9 +634,6 @@ def test_the_gate(world, report, capsys):
     failed = [r["name"] for r in rows if r["verdict"] == "FAIL"]
     assert failed and all(name in message for name in failed)
     assert "gate: hurt against sft" in capsys.readouterr().out and "is shut" in (world / "bad/report.html").read_text()
-    waived = run(world, world / "waived", "hurt", compare=f"{old}:sft", waive=[f"{n}=known" for n in failed])
-    assert Counter(r["verdict"] for r in waived["gate"]["hurt"]["rows"])["waived"] == len(failed)
-    assert "reason" in error(run, world, world / "w", "hurt", compare=f"{old}:sft", waive=[failed[0]])
     undecided = [r for r in rows if r["verdict"] == "undecided"]
     assert all(r["needs"] > 0 for r in undecided)
 
@@ -708,8 +727,8 @@ def test_streaming_says_what_generate_says(world):
     lm = ev.open_model(world / "sft.pt", Config(), CPU)
     for cfg in (Config(max_new_tokens=12), Config(max_new_tokens=12, temperature=1.5, top_p=0.9)):
         ids = ev.chat_prompt(lm, CHATS[1][:1], cfg)
-        (reply, _), = ev.replies(lm, [ids], [5], cfg, CPU)
-        assert "".join(ev.stream(lm, ids, cfg, 5)) == ENC.decode(reply)
+        (text, ids_said, _), = ev.replies(lm, [ids], [5], cfg, CPU)
+        assert "".join(ev.stream(lm, ids, cfg, 5)) == text == ENC.decode(ids_said)
 
 
 def test_rate(world, tmp_path, monkeypatch, capsys):

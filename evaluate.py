@@ -988,7 +988,7 @@ EACH = [
     Metric("detail", "perplexity per word", "nats", 0, "word_ppl", ""),
     Metric("capability", "right choice (acc)", "acc", 1),
     Metric("detail", "acc_norm by {norm}", "acc_norm"),
-    Metric("detail", "acc, 0 at chance", "chance", 0, "centred"),
+    Metric("detail", "acc, 0 at chance (centred)", "acc", 0, "centred"),
     Metric("calibration", "calibration error (ECE)", "acc", 0, "ece"),
     Metric("calibration", "Brier score", "brier", unit=""),
     Metric("capability", "mass on true answers (MC2)", "mc2", 1),
@@ -1512,6 +1512,7 @@ svg { width: 100%; fill: none; stroke-linecap: round; stroke-linejoin: round }
 svg text { fill: var(--dim); font-size: 11px; stroke: none }  .grid { stroke: var(--edge) }
 i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin: 0 5px 0 12px }
 summary { cursor: pointer; margin: 10px }
+@media (max-width: 640px) { .values td:is(:nth-child(2), :nth-child(3)) { display: none } }
 """
 COLOURS = "#8a8f98 #3b82e0 #d97a26 #9b5de0 #0f9a9a #d6438a".split()
 
@@ -1547,7 +1548,7 @@ def page(report, ledger):
     checkpoints, rows = report["checkpoints"], report["metrics"]
     speak = [n for n, c in checkpoints.items() if not c["scores"]]
     main, details = (grid(cells([r for r in rows if (r["family"] == "detail") == detail],
-                                checkpoints)) for detail in (False, True))
+                                checkpoints), "values") for detail in (False, True))
     curves = "".join(log_charts(n, c["path"], i % 5)
                      for i, (n, c) in enumerate(checkpoints.items()))
     head = lambda *texts: [(text, "head") for text in texts]

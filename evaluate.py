@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import (ENDOFTEXT, IM_END, KVCache, ScalarHead, at_last, duration, encoding_from_dict,
+from model import (ENDOFTEXT, IM_END, KVCache, ScalarHead, duration, encoding_from_dict,
                    encoding_hash, fail, generate, keep_valid, load_checkpoint, load_model,
                    pad_batch, parse_args, print0, read_rows, render_chat, render_reply, sample,
                    setup, to_pair, to_prompt, token_bytes, wilson, write_atomic)
@@ -643,30 +643,47 @@ def encode_pair(enc, context, continuation):
 
 
 @torch.no_grad()
+def over_rows(lm, rows, take, cfg, d):
+    """[take(i, states (T, C))] of each row of ids; a reward model has scores (T,) for states.
+
+    take gives (array of numbers, anything)."""
+    body = lm["model"] if lm["scores"] else lm["model"].hidden
+
+    def work(batch):
+        ids, _ = pad_batch([rows[i] for i in batch], 0)
+        with d.autocast():
+            states = body(ids.to(d.device))
+            return [take(i, states[j]) for j, i in enumerate(batch)]
+
+    found = over_ranks([len(r) for r in rows], work, cfg, d)
+    if not all(np.isfinite(numbers).all() for numbers, _ in found):
+        fail(f"{lm['path']} gives scores that are not numbers; its weights are damaged")
+    return found
+
+
 def loglikelihoods(lm, pairs, cfg, d):
     """For each (context ids, continuation ids): (log p of each continuation token, all greedy?).
 
     The context loses its left end where both are longer than the model's block."""
-    model, T = lm["model"], lm["model"].config.block_size
+    T = lm["model"].config.block_size
     rows = [(c + x)[-(T + 1):] for c, x in pairs]
     lm["cut"] += sum(len(c) + len(x) > T + 1 for c, x in pairs)
 
-    def work(batch):
-        ids, _ = pad_batch([rows[i][:-1] for i in batch], 0)
-        with d.autocast():
-            states = model.hidden(ids.to(d.device))                      # (B, T, C)
-        for j, i in enumerate(batch):
-            end, n = len(rows[i]) - 1, min(len(pairs[i][1]), len(rows[i]) - 1)
-            with d.autocast():
-                logits = model.head(states[j, end - n:end]).float()      # (n, V)
-            targets = torch.tensor(rows[i][-n:], device=d.device)
-            logp = -F.cross_entropy(logits, targets, reduction="none")
-            yield logp.cpu().double().numpy(), bool((logits.argmax(-1) == targets).all())
+    def take(i, states):
+        end, n = len(rows[i]) - 1, min(len(pairs[i][1]), len(rows[i]) - 1)
+        logits = lm["model"].head(states[end - n:end]).float()                # (n, V)
+        targets = torch.tensor(rows[i][-n:], device=d.device)
+        logp = -F.cross_entropy(logits, targets, reduction="none")
+        return logp.cpu().double().numpy(), bool((logits.argmax(-1) == targets).all())
 
-    found = over_ranks([len(r) for r in rows], work, cfg, d)
-    if not all(np.isfinite(logp).all() for logp, _ in found):
-        fail(f"{lm['path']} gives probabilities that are not numbers; its weights are damaged")
-    return found
+    return over_rows(lm, [row[:-1] for row in rows], take, cfg, d)
+
+
+def rewards(rm, pairs, cfg, d):
+    """Score of each (prompt messages, reply), read at the reply's end-of-turn token."""
+    rows = [render_reply(rm["enc"], *pair)[0][-rm["model"].config.block_size:] for pair in pairs]
+    take = lambda i, scores: (scores[len(rows[i]) - 1].cpu().double().numpy(), None)
+    return total(over_rows(rm, rows, take, cfg, d))
 
 
 def total(found):
@@ -700,23 +717,6 @@ def replies(lm, prompts, seeds, cfg, d, **sampling):
             yield enc.decode(reply), reply, stopped
 
     return over_ranks([len(p) for p in prompts], work, cfg, d)
-
-
-@torch.no_grad()
-def rewards(rm, pairs, cfg, d):
-    """Score of each (prompt messages, reply), read at the reply's end-of-turn token."""
-    rows = [render_reply(rm["enc"], *pair)[0][-rm["model"].config.block_size:] for pair in pairs]
-
-    def work(batch):
-        ids, mask = pad_batch([rows[i] for i in batch], 0)
-        with d.autocast():
-            scores = rm["model"](ids.to(d.device))
-        yield from at_last(scores, mask.sum(1).long().to(d.device)).tolist()
-
-    found = over_ranks([len(r) for r in rows], work, cfg, d)
-    if not all(map(math.isfinite, found)):
-        fail(f"{rm['path']} gives scores that are not numbers; its weights are damaged")
-    return found
 
 
 def chat_prompt(lm, messages, cfg):
@@ -1613,7 +1613,7 @@ def write_json(path, data, d):
 
 def compare_replies(items, asked, judge, baseline, cfg, d):
     """Add to the records: the judge's reward, and wins over the baseline, in both orders."""
-    verdict = lambda a, b, first, second: "tie" if a == b else first if a > b else second
+    judged = lambda a, b, first, second: "tie" if a == b else first if a > b else second
     for name in items if judge else []:
         said = [(r, prompt) for t in asked for r, prompt in zip(items[name][t], asked[t])]
         scores = rewards(judge, [(prompt, r["text"]) for r, prompt in said], cfg, d)
@@ -1623,8 +1623,8 @@ def compare_replies(items, asked, judge, baseline, cfg, d):
         rows, others = items[name][t], items[baseline][t]
         for key in ("score", "words", *["reward"] * bool(judge)):
             pairs = [(r[key], o[key]) for r, o in zip(rows, others)]
-            wins, _ = win_rate([verdict(a, b, "A", "B") for a, b in pairs],
-                               [verdict(b, a, "B", "A") for a, b in pairs])
+            wins, _ = win_rate([judged(a, b, "A", "B") for a, b in pairs],
+                               [judged(b, a, "B", "A") for a, b in pairs])
             for r, o, win in zip(rows, others, wins):
                 r.update({f"win_{key}": win}, longer_by=r["words"] - o["words"])
 
@@ -1718,9 +1718,9 @@ def main(cfg):
     for t, c in report["contamination"].items():
         print0(f"contamination: {t}: of {c['n']} items {c['removed']} were met and removed, "
                f"{c['trained_on']} trained on ({share:.0%} of the training text read)")
-    if near := sum(r.get("near", False) for n in report["items"].values()
-                   for t in n.values() for r in t):
-        print0(f"{near} choices are decided by less than 0.001 nats")
+    near = sum(r.get("near", False) for of_one in report["items"].values()
+               for rows in of_one.values() for r in rows)
+    print0(f"{near} choices are decided by less than 0.001 nats")
     write_json(Path(cfg.out, "report.json"), report, d)
     if d.is_master:
         html = page(report, manifest["ledger"] if manifest else [])
@@ -1728,9 +1728,9 @@ def main(cfg):
     print0(f"done: {cfg.out}/report.html, {duration(time.perf_counter() - started)}")
     shut = []
     for name, g in report["gate"].items():
-        for metric, drop, error, margin, p, (verdict_, _) in list(gate_rows(g))[1:]:
+        for metric, drop, error, margin, p, (decision, _) in list(gate_rows(g))[1:]:
             print0(f"gate: {name} against {g['against']}: {metric}: drop {drop}, standard error "
-                   f"{error}, allowed {margin}, p {p}: {verdict_}")
+                   f"{error}, allowed {margin}, p {p}: {decision}")
         shut += [f"{r['name']} ({name})" for r in g["rows"] if r["verdict"] == "FAIL"
                  or cfg.strict and r["verdict"] == "undecided"]
     if shut:

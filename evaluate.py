@@ -16,14 +16,12 @@ also name the published sets read as they are. The first row decides; FILE:FORMA
 Protocol: float32, greedy, seeded. Choices are scored as text: log-likelihood of " choice" after the
 context, encoded as one string (lm-evaluation-harness 4e7e0d4); acc takes the sum, acc_norm the sum
 by --norm. A tie is wrong. Bits per byte: whole documents in windows of the model's block_size (at
-most --window) with --overlap tokens of context; sum of nats / ln 2 / bytes.
-Chat tasks are asked in the chat format and graded by rules (grade); "clean" wants style as well.
-Intervals are 95 %: Wilson for shares, normal for means, bootstrap for the rest.
-Batches are the same whatever the number of ranks, and replies are seeded one by one.
+most --window) with --overlap tokens of context; sum of nats / ln 2 / bytes. Chat tasks are asked in
+the chat format and graded by rules (grade); "clean" wants style as well. Intervals are 95 %: Wilson
+for shares, normal for means, bootstrap for the rest. Batches are the same whatever the number of
+ranks, and replies are seeded one by one.
 
-References: evaluation protocols as named beside each function; Wilson 1927; Miller 2024, arXiv
-2411.00640 (paired tests); Kalai et al. 2025 (abstention); Guo et al. 2017 (calibration); Carlini et
-al. 2022, arXiv 2202.07646 (memorisation); Zheng et al. 2023, arXiv 2306.05685 (win rates).
+References: named beside each function; Miller 2024, arXiv 2411.00640 (paired tests).
 Differs: the refusal detector and the toxicity scorer are word lists; TruthfulQA's preamble and
 few-shot examples come from --shots FILE; a win rate's judge is the gold grader or a reward model.
 """
@@ -524,8 +522,10 @@ def read_file(path):
 
 def read_task(spec, cfg, limit=None):
     """FILE or FILE:FORMAT -> dict(name, form, kind, rows, chance, hash, limited)."""
-    path, _, form = spec.rpartition(":")
-    path, form = (Path(path), form) if form in FORMATS and path else (Path(spec), "")
+    path, _, form = ("", "", "") if Path(spec).exists() else spec.rpartition(":")
+    if path and form not in FORMATS:
+        fail(f"{spec}: {form} is no format; known are {' '.join(FORMATS)}")
+    path = Path(path or spec)
     lines = read_file(path) or fail(f"{path} holds no items")
     if not form:    # the first with all of its fields, or with most, to say what is missing
         first = lines[0][1]
@@ -729,6 +729,8 @@ def chat_prompt(lm, messages, cfg):
 
 
 def score_text(lm, task, cfg, d):
+    if cfg.overlap > lm["window"]:
+        fail(f"--overlap {cfg.overlap} leaves nothing of {lm['name']}'s windows of {lm['window']}")
     pieces = [(i, piece) for i, row in enumerate(task["rows"]) for piece in windows(
         lm["enc"].encode_ordinary(row["text"]), lm["enc"]._special_tokens[ENDOFTEXT],
         lm["window"], cfg.overlap)]
@@ -872,18 +874,18 @@ def powers(n):
 def memory_rows(tokens, manifest, n, seed, k):
     """{"found once": [2k ids, ...], ..., "never trained": [...]}: n starts drawn over documents."""
     rng, rows = np.random.default_rng(seed), {}
-    copies = np.fromfile(tokens / "train.copies", np.uint32)
-    for part in ("train", "val"):
+    for part, kinds in (("train", [("found once", 1, 1), ("found 2-3 times", 2, 3),
+                                   ("found 4+ times", 4, np.inf)]),
+                        ("val", [("never trained", 0, 0)])):
         ids = np.memmap(tokens / f"{part}.bin", manifest["dtype"], mode="r")
         ends = np.fromfile(tokens / f"{part}.idx", np.uint64).astype(np.int64)
         starts = np.concatenate([[0], ends[:-1]])
-        long = np.flatnonzero(ends - starts > 2 * k)    # with its end-of-text token
-        seen = copies[long] if part == "train" else np.zeros(len(long))
-        for name, low, high in (("never trained", 0, 0), ("found once", 1, 1),
-                                ("found 2-3 times", 2, 3), ("found 4+ times", 4, np.inf)):
-            docs = rng.permutation(long[(seen >= low) & (seen <= high)])[:n]
-            at = [int(rng.integers(starts[i], ends[i] - 2 * k)) for i in docs]
-            if at:
+        copies = np.fromfile(tokens / "train.copies", np.uint32) if part == "train" else 0 * ends
+        long = ends - starts > 2 * k    # with its end-of-text token
+        for name, low, high in kinds:
+            docs = rng.permutation(np.flatnonzero(long & (copies >= low) & (copies <= high)))[:n]
+            if len(docs):
+                at = [int(rng.integers(starts[i], ends[i] - 2 * k)) for i in docs]
                 rows[name] = [ids[a:a + 2 * k].astype(int).tolist() for a in at]
     return rows
 
@@ -1217,8 +1219,10 @@ def chat(cfg, d):
     while True:
         try:
             said = input("\nyou> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return print()
+        except KeyboardInterrupt:    # meant for an answer that has just ended
+            said = "/"
         command, _, rest = said.partition(" ")
         if command == "/quit":
             return
@@ -1458,7 +1462,7 @@ CURVES = [    # title, x, what of a stage's log is drawn over it
 
 
 def log_charts(name, path, colour):
-    """What the log beside a checkpoint shows; nothing where there is no log."""
+    """What the log beside a checkpoint shows; grey what was held out; nothing without a log."""
     file = Path(path).with_suffix(".jsonl")
     lines = file.read_text("utf-8").splitlines() if file.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]    # the last may be cut
@@ -1466,22 +1470,22 @@ def log_charts(name, path, colour):
     for title, x, *keys in CURVES:
         series = [(key, thin(sorted((r[x], r[key]) for r in rows if all(
             type(r.get(k)) in (int, float) for k in (x, key)))), c)
-            for key, c in zip(keys, (colour, 5))]
+            for key, c in zip(keys, (colour, 0))]
         charts += plot(f"{name}: {title}", series, dict(kl="KL from the start, nats").get(x, x), "")
     return charts
 
 
-def confidence_charts(items, names):
+def confidence_charts(items, colours):
     charts, box = "", (0, 1, 0, 1)
     for title, key in (("choices", "acc"), ("attempted answers", "given")):
         calibrated, risks = [("ideal", [(0, 0), (1, 1)], 0)], []
-        for i, name in enumerate(names, 1):
+        for name, colour in colours.items():
             rows = [r for t in items[name].values() for r in t if r.get(key) is not None]
             c, y = [r["confidence"] for r in rows], [r[key] for r in rows]
             risk = risk_coverage(c, y)
-            calibrated.append((name, [(a, b) for _, a, b in calibration_bins(c, y, 10)], i % 6))
+            calibrated.append((name, [(a, b) for _, a, b in calibration_bins(c, y, 10)], colour))
             risks.append((name, thin([((k + 1) / len(risk), x) for k, x in enumerate(risk)]),
-                          i % 6))
+                          colour))
         if any(points for _, points, _ in risks):
             charts += plot(f"Calibration, {title}", calibrated, "confidence", "share right", box)
             charts += plot(f"Risk over coverage, {title}", risks, "share given", "share wrong", box)
@@ -1549,8 +1553,9 @@ def page(report, ledger):
     speak = [n for n, c in checkpoints.items() if not c["scores"]]
     main, details = (grid(cells([r for r in rows if (r["family"] == "detail") == detail],
                                 checkpoints), "values") for detail in (False, True))
-    curves = "".join(log_charts(n, c["path"], i % 5)
-                     for i, (n, c) in enumerate(checkpoints.items()))
+    colours = {n: 1 + i % 5 for i, n in enumerate(checkpoints)}
+    curves = "".join(log_charts(n, c["path"], colours[n]) for n, c in checkpoints.items())
+    confidence = confidence_charts(report["items"], {n: colours[n] for n in speak})
     head = lambda *texts: [(text, "head") for text in texts]
     sections = [(f"The gate: {name} against the old {g['against']} is " + (
         "shut" if any(r["verdict"] == "FAIL" for r in g["rows"]) else "open"), grid(gate_rows(g)))
@@ -1559,9 +1564,9 @@ def page(report, ledger):
         ("Side by side", f"<p>{escape(LEGEND)}</p>{main}<details><summary>In detail</summary>"
          f"{details}</details>"),
         ("How each stage learned", curves and f'<div class="charts">{curves}</div>'),
-        ("Does it know what it knows?",
-         f'<div class="charts">{confidence_charts(report["items"], speak)}</div>'),
-        ("The same questions to each", speak and grid(sample_rows(report, speak), "text")),
+        ("Does it know what it knows?", f'<div class="charts">{confidence}</div>'),
+        ("The same questions to each (green: right, red: wrong)",
+         speak and grid(sample_rows(report, speak), "text")),
         ("Contamination: items met in the raw text and removed, and items trained on",
          report["contamination"] and grid([
              head("", "items", "met, removed", "trained on", "score"),
@@ -1618,7 +1623,7 @@ def compare_replies(items, asked, judge, baseline, cfg, d):
         said = [(r, prompt) for t in asked for r, prompt in zip(items[name][t], asked[t])]
         scores = rewards(judge, [(prompt, r["text"]) for r, prompt in said], cfg, d)
         for (r, _), score in zip(said, scores):
-            r["reward"] = score
+            r["reward"] = round(score, 4)    # equal replies tie, whatever batches they were in
     for name, t in [(name, t) for name in items if name != baseline for t in asked]:
         rows, others = items[name][t], items[baseline][t]
         for key in ("score", "words", *["reward"] * bool(judge)):

@@ -985,9 +985,8 @@ class Metric(NamedTuple):
 # of each task that has such records
 EACH = [
     Metric("capability", "bits per byte", "nats", -1, "bpb", ""),
-    Metric("detail", "perplexity per token", "nats", 0, "token_ppl", ""),
-    Metric("detail", "perplexity per byte", "nats", 0, "byte_ppl", ""),
-    Metric("detail", "perplexity per word", "nats", 0, "word_ppl", ""),
+    *(Metric("detail", f"perplexity per {unit}", "nats", 0, f"{unit}_ppl", "")
+      for unit in ("token", "byte", "word")),
     Metric("capability", "right choice (acc)", "acc", 1),
     Metric("detail", "acc_norm by {norm}", "acc_norm"),
     Metric("detail", "acc, 0 at chance (centred)", "acc", 0, "centred"),
@@ -1210,6 +1209,16 @@ def stream(lm, ids, cfg, seed):
     yield text.decode(b"", True)
 
 
+def ask(prompt, end, interrupted):
+    """A line from the keyboard; what stands for Ctrl-D and for Ctrl-C."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return end
+    except KeyboardInterrupt:
+        return interrupted
+
+
 def chat(cfg, d):
     """A conversation in the terminal; Ctrl-C stops the answer, not the program."""
     models = {lm["name"]: lm for lm in (open_model(p, cfg, d, "--chat") for p in speakers(cfg))}
@@ -1217,15 +1226,10 @@ def chat(cfg, d):
     usage = f"/model {'|'.join(models)}, /system TEXT, /reset, /quit"
     print(f"{current} answers; {usage}")
     while True:
-        try:
-            said = input("\nyou> ").strip()
-        except EOFError:
-            return print()
-        except KeyboardInterrupt:    # meant for an answer that has just ended
-            said = "/"
+        said = ask("\nyou> ", "/quit", "/")    # Ctrl-C was meant for an answer that has just ended
         command, _, rest = said.partition(" ")
         if command == "/quit":
-            return
+            return print()
         if command == "/model" and rest in models:
             current = rest
             print(f"{current} answers now (stage {models[current]['stage']})")
@@ -1291,10 +1295,7 @@ def rate(cfg, d):
               sep="\n")
         vote = ""
         while vote not in ("a", "b", "tie", "skip", "quit"):
-            try:
-                vote = input("A, B, tie, skip or quit> ").strip().lower()
-            except (EOFError, KeyboardInterrupt):
-                vote = "quit"
+            vote = ask("A, B, tie, skip or quit> ", "quit", "quit").lower()
         if vote == "quit":
             break
         done[key] = dict(key=key, vote=vote, preferred=dict(a=a, b=b).get(vote, vote),
@@ -1383,28 +1384,25 @@ def table(listed, items, cfg):
 
 
 def cells(rows, names):
-    """The table as lists of texts, or (text, class): a head for each family, a line a metric."""
+    """The table as lists of (text, class): a head for each family, then a line a metric."""
     lines, family = [], ""
     for r in rows:
         if r["family"] != family:
             family = r["family"]
             lines.append([(text, "head") for text in (FAMILIES[family], "chance", "n", *names)])
         unit, n = r["unit"], max(v["n"] for v in r["values"].values())
-        line = [r["name"], number(r["chance"], unit), f"{n:,}"]
+        lines.append([(r["name"], ""), (number(r["chance"], unit), ""), (f"{n:,}", "")])
         for v, change in ((r["values"].get(x), r["change"].get(x, "")) for x in names):
             sign = dict(better="+", worse="!").get(change, " ")
-            line.append((f"{number(v['value'], unit)} {spread(v, unit):<6}{sign}", change)
-                        if v else ("-       ", ""))
-        lines.append(line)
+            lines[-1].append((f"{number(v['value'], unit)} {spread(v, unit):<6}{sign}", change)
+                             if v else ("-       ", ""))
     return lines
 
 
 def print_table(lines):
-    for name, chance, n, *values in lines:
-        head = "\n" if isinstance(name, tuple) else "  "
-        name, chance, n = (c[0] if isinstance(c, tuple) else c for c in (name, chance, n))
-        print0(f"{head}{name:<{44 - len(head.strip(chr(10)))}.{42}}{chance:>7}{n:>6}"
-               + "".join(f"{text[:15]:>16}" for text, _ in values))
+    for (name, look), (chance, _), (n, _), *values in lines:
+        print0(("\n" if look == "head" else "  ") + f"{name[:41]:<{44 if look else 42}}{chance:>7}"
+               f"{n:>6}" + "".join(f"{text[:15]:>16}" for text, _ in values))
     print0("\n" + LEGEND)
 
 

@@ -1578,8 +1578,8 @@ def page(report, ledger):
              [t, f["form"], f"{f['n']:,}" + " (a sample)" * f["limited"], f["hash"]]
              for t, f in report["tasks"].items())]))]
     facts = "; ".join(
-        f"{n}: {c['stage']}, step {c['step']:,}, {c['parameters']:,} parameters, texts in windows "
-        f"of {c['window']:,} tokens" for n, c in checkpoints.items())
+        f"{n}: {c['stage']}, step {c['step']:,}, {c['parameters']:,} parameters, windows of "
+        f"{c['window']:,} tokens" for n, c in checkpoints.items())
     return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content='
             '"width=device-width,initial-scale=1"><title>What the models can do</title>'
             f"<style>{CSS}</style><body><h1>What the models can do</h1><p>{escape(facts)}</p>"

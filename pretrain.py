@@ -6,6 +6,7 @@ Out:  out/base.pt (one self-contained checkpoint) and out/base.jsonl (one JSON l
     python pretrain.py                                        # laptop: the embedded data, minutes
     python pretrain.py --data DIR --depth 12                  # one GPU
     torchrun --standalone --nproc_per_node=8 pretrain.py --data DIR --depth 20
+    torchrun --standalone --nproc_per_node=8 pretrain.py --data DIR --depth 40 --shard fsdp
 
 Loss: mean over tokens of -ln p(token | tokens before it), in nats. Validation also reports bits per
 byte, the sum of nats / (ln 2 * bytes of text), which compares models across tokenizers.
@@ -27,17 +28,19 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (ENDOFTEXT, GPT, GPTConfig, Log, can_compile, cosine_lr, duration,
                    encoding_from_dict, encoding_hash, fail, generate, lineage, load_checkpoint,
                    load_weights, make_optimizers, parse_args, peak_flops, peak_memory, print0,
-                   save_checkpoint, seed_step, setup, sum_over_ranks, token_bytes)
+                   save_checkpoint, scatter, seed_step, setup, sum_over_ranks, token_bytes)
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Config:
     spike: float = 10.0                    # skip a step of so many times the usual gradient norm
     max_skips: int = 5                     # stop after so many skipped steps in a row
     # running
+    shard: Literal["none", "zero1", "fsdp"] = "none"  # split over ranks: moments, or everything
     eval_every: int = 250                  # optimizer steps between validations
     eval_tokens: int = 2 ** 20             # at most so many validation tokens, the same every time
     save_every: int = 250                  # optimizer steps between checkpoints
@@ -212,11 +216,12 @@ def evaluate(model, sources, cfg, d):
     T, enc = cfg.block_size, sources[0]["enc"]
     stride = T * math.ceil(sum(len(s["val"]) for s in sources) / cfg.eval_tokens)
     windows = [(s["val"], i) for s in sources for i in range(0, len(s["val"]) - 1, stride)]
+    per_rank = math.ceil(len(windows) / d.world_size)    # as many passes on all: they may exchange
     windows = windows[d.rank::d.world_size]
     sizes = token_bytes(enc).to(d.device)
     sums = torch.zeros(4, dtype=torch.float64)    # nats, tokens, nats of text, bytes of text
     model.eval()
-    for start in range(0, len(windows), cfg.device_batch_size):
+    for start in range(0, per_rank, cfg.device_batch_size):
         ids = torch.zeros(cfg.device_batch_size, T + 1, dtype=torch.long)    # compiled once
         mask = torch.zeros(cfg.device_batch_size, T)
         for row, (tokens, i) in enumerate(windows[start:start + cfg.device_batch_size]):
@@ -240,9 +245,11 @@ def sample_text(model, sources, cfg, d):
     """What the model makes of the first words of the validation text, as one line to print."""
     prompt = [int(i) for i in sources[0]["val"][:8]]
     n = min(cfg.sample_tokens, cfg.block_size - len(prompt))
-    if not d.is_master or not prompt or n < 1:
+    if not prompt or n < 1:
         return ""
     enc = sources[0]["enc"]
+    if cfg.shard == "fsdp":    # generate calls parts of the model, its forward would do this
+        model.unshard()
     ids, _ = generate(model, [prompt], n, temperature=0.8, seed=cfg.seed, dtype=d.dtype,
                       stop_ids=[enc._special_tokens[ENDOFTEXT]])
     return f"\n    {enc.decode(prompt)!r} -> {enc.decode(ids[0, len(prompt):].tolist())!r}"
@@ -323,19 +330,27 @@ def main(cfg):
                  f"{cfg.block_size} + 1; prepare more text or lower --block_size")
     if sum(len(s["val"]) for s in sources) < 2:
         fail(f"{cfg.data[0]} has no validation text; prepare it with a --val_fraction above 0")
-    raw = GPT(config).to(d.device)
+    raw = GPT(config)
     n_params, flops = sum(p.numel() for p in raw.parameters()), raw.flops_per_token()
     plan(cfg, config, n_params, flops, train_tokens)
     if cfg.plan:
         return
+    if cfg.shard != "none" and d.world_size == 1:
+        fail(f"--shard {cfg.shard} divides the model among processes and this is the only one: "
+             f"start with torchrun --nproc_per_node=N, or leave it out")
     if checkpoint:
         load_weights(raw, checkpoint)
+    if cfg.shard == "fsdp":    # from the CPU, block by block: no device ever holds the whole
+        for module in (*raw.blocks, raw):
+            fully_shard(module)
+    else:
+        raw.to(d.device)
     model = torch.compile(raw) if cfg.compile and can_compile(d.device) else raw
-    if d.world_size > 1:
+    if d.world_size > 1 and cfg.shard != "fsdp":
         model = DDP(model, device_ids=[d.local_rank] if d.device.type == "cuda" else None,
                     forward_sync_buffers=False, gradient_as_bucket_view=True)
     optimizers = make_optimizers(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay,
-                                 (cfg.beta1, cfg.beta2))
+                                 (cfg.beta1, cfg.beta2), zero1=cfg.shard == "zero1")
 
     # state: everything a resumed run needs besides weights and moments
     state = dict(step=0, taken=[0] * len(sources), seconds=0.0, usual_norm=None, skipped=0,
@@ -343,6 +358,8 @@ def main(cfg):
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            if cfg.shard == "fsdp":
+                scatter(saved, opt)
             opt.load_state_dict(saved)
         changed = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in checkpoint["stage_config"].items()
                    if k not in ("resume", "out", "init") and v != getattr(cfg, k)]
@@ -353,7 +370,9 @@ def main(cfg):
     print0(f"peak for MFU: {peak / 1e12:.2f} TFLOP/s ({how})")
 
     def save():
-        if d.is_master:
+        for opt in optimizers if cfg.shard == "zero1" else ():
+            opt.consolidate_state_dict()    # on the first rank
+        if d.is_master or cfg.shard == "fsdp":
             save_checkpoint(cfg.out, raw, "pretrain", state["step"], enc, cfg, state=state,
                             optimizers=[opt.state_dict() for opt in optimizers])
 
@@ -390,7 +409,7 @@ def main(cfg):
             at = (micro * d.world_size + d.rank) * cfg.device_batch_size
             x, y = get_batch(sources, picks[at:at + cfg.device_batch_size], cfg.block_size,
                              cfg.seed, d.device)                                  # (B, T) each
-            if d.world_size > 1:    # exchange gradients once, after the last micro-step
+            if isinstance(model, DDP):    # exchange gradients once, after the last micro-step
                 model.require_backward_grad_sync = micro == micro_steps - 1
             with d.autocast():
                 logits = model(x, documents(x, enc) if cfg.doc_mask else None)    # (B, T, V)
@@ -399,7 +418,8 @@ def main(cfg):
             (part * d.world_size).backward()        # because DDP averages over ranks
             loss += part.detach()
         loss = sum_over_ranks(loss, d).item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip)
+        grad_norm = (grad_norm.full_tensor() if cfg.shard == "fsdp" else grad_norm).item()
 
         usual = state["usual_norm"]
         bad = not math.isfinite(loss + grad_norm) or (

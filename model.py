@@ -38,8 +38,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 # ------------------------------------------------------------------------------------------------
 # Command line and messages
@@ -1026,8 +1024,10 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay, betas, zero1=
     the parameters, steps those and sends them to the other ranks.
     """
     def make(kind, params, **settings):
-        return ZeroRedundancyOptimizer(params, kind, **settings) if zero1 else kind(
-            params, **settings)
+        if not zero1:
+            return kind(params, **settings)
+        from torch.distributed.optim import ZeroRedundancyOptimizer    # slow to import
+        return ZeroRedundancyOptimizer(params, kind, **settings)
 
     params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in params if p.dim() == 2 and "blocks." in n]
@@ -1076,15 +1076,15 @@ def gather(x):
         return {k: gather(v) for k, v in x.items()}
     if isinstance(x, list):
         return [gather(v) for v in x]
-    if isinstance(x, DTensor):
-        x = x.full_tensor()
-    if isinstance(x, torch.Tensor):
-        return x.detach().cpu() if int(os.environ.get("RANK", 0)) == 0 else None
-    return x
+    if not isinstance(x, torch.Tensor):
+        return x
+    x = x.full_tensor() if hasattr(x, "full_tensor") else x    # a DTensor's parts, from all ranks
+    return x.detach().cpu() if int(os.environ.get("RANK", 0)) == 0 else None
 
 
 def scatter(saved, opt):
     """The inverse for an optimizer's state: this rank's part of each whole moment, in place."""
+    from torch.distributed.tensor import distribute_tensor    # slow to import
     params = [p for group in opt.param_groups for p in group["params"]]
     for i, moments in saved["state"].items():
         for name, x in moments.items():

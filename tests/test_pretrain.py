@@ -187,7 +187,7 @@ seed_step, make_optimizers, made = pretrain.seed_step, pretrain.make_optimizers,
 pretrain.make_optimizers = lambda *a, **kw: made.append(make_optimizers(*a, **kw)) or made[-1]
 
 def interrupt(seed, step, rank):
-    if step == 4:
+    if step == 3:    # one after a checkpoint
         raise InterruptedError
     seed_step(seed, step, rank)
 
@@ -205,6 +205,7 @@ for shard in ("none", "zero1", "fsdp"):
         pretrain.main(cfg)
     except InterruptedError:
         pretrain.seed_step = seed_step
+    torch.distributed.barrier()    # until the file is written
     pretrain.main(dataclasses.replace(cfg, resume=True))
 """
 

@@ -1015,12 +1015,20 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 # Optimizers
 
 
-def make_optimizers(model, optimizer, learning_rate, weight_decay, betas):
+def make_optimizers(model, optimizer, learning_rate, weight_decay, betas, zero1=False):
     """[AdamW], or [Muon for the hidden matrices, AdamW for the rest]; decay on the former only.
 
     Muon (Jordan et al. 2024) steps along the orthogonalised momentum; its update is scaled to the
     size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate serves both.
+    zero1 (Rajbhandari et al. 2020, arXiv 1910.02054): each rank keeps the moments of its share of
+    the parameters, steps those and sends them to the other ranks.
     """
+    def make(kind, params, **settings):
+        if not zero1:
+            return kind(params, **settings)
+        from torch.distributed.optim import ZeroRedundancyOptimizer    # slow to import
+        return ZeroRedundancyOptimizer(params, kind, **settings)
+
     params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in params if p.dim() == 2 and "blocks." in n]
     others = [p for n, p in params if not (p.dim() == 2 and "blocks." in n)]
@@ -1028,14 +1036,15 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay, betas):
     result = []
     if optimizer == "muon":
         # Three Newton-Schulz steps: the same loss as five at equal time, more tokens a second.
-        result.append(torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay,
-                                       momentum=0.95, ns_steps=3, adjust_lr_fn="match_rms_adamw"))
+        result.append(make(torch.optim.Muon, matrices, lr=learning_rate, weight_decay=weight_decay,
+                           momentum=0.95, ns_steps=3, adjust_lr_fn="match_rms_adamw"))
     elif optimizer == "adamw":
         groups.insert(0, dict(params=matrices, weight_decay=weight_decay))
     else:
         fail(f"--optimizer {optimizer}: choose muon or adamw")
-    fused = all(p.device.type in ("cuda", "cpu") for p in others)
-    return [*result, torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
+    # ZeroRedundancyOptimizer loads step counts to the CPU, where fused CUDA kernels fail on them.
+    fused = not zero1 and all(p.device.type in ("cuda", "cpu") for p in others)
+    return [*result, make(torch.optim.AdamW, groups, lr=learning_rate, betas=betas, fused=fused)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1058,17 +1067,44 @@ def write_atomic(path, write):
         fail(f"cannot write {path}: {e}".splitlines()[0])
 
 
+def gather(x):
+    """x with its tensors whole and on the CPU of the first rank; None for each on other ranks.
+
+    Where they are sharded all ranks call this together; a device holds one whole tensor at a time.
+    """
+    if isinstance(x, dict):
+        return {k: gather(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [gather(v) for v in x]
+    if not isinstance(x, torch.Tensor):
+        return x
+    x = x.full_tensor() if hasattr(x, "full_tensor") else x    # a DTensor's parts, from all ranks
+    return x.detach().cpu() if int(os.environ.get("RANK", 0)) == 0 else None
+
+
+def scatter(saved, opt):
+    """The inverse for an optimizer's state: this rank's part of each whole moment, in place."""
+    from torch.distributed.tensor import distribute_tensor    # slow to import
+    params = [p for group in opt.param_groups for p in group["params"]]
+    for i, moments in saved["state"].items():
+        for name, x in moments.items():
+            if x.dim():    # the step count has none
+                moments[name] = distribute_tensor(x, params[i].device_mesh, params[i].placements)
+
+
 def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
-    """One self-contained file: float32 weights, sizes, tokenizer, settings, what resuming needs."""
-    weights, adapted = plain_weights(model)
-    weights, adapted = ({k: v.detach().cpu() for k, v in w.items()} if w else None
-                        for w in (weights, adapted))
+    """One self-contained file: float32 weights, sizes, tokenizer, settings, what resuming needs.
+
+    The first rank writes it. The others may call this too, and must if the model is sharded.
+    """
+    weights, adapted = map(gather, plain_weights(model))
     if model.config.tie_embeddings:
         weights.pop("head.weight", None)
     checkpoint = dict(format=1, stage=stage, step=step, weights=weights, adapted=adapted,
                       model_config=dataclasses.asdict(model.config), encoding=encoding_to_dict(enc),
-                      stage_config=dataclasses.asdict(stage_config), **extra)
-    write_atomic(path, lambda f: torch.save(checkpoint, f))
+                      stage_config=dataclasses.asdict(stage_config), **gather(extra))
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_atomic(path, lambda f: torch.save(checkpoint, f))
 
 
 def lineage(checkpoint):

@@ -6,6 +6,7 @@ Out:  out/base.pt (one self-contained checkpoint) and out/base.jsonl (one JSON l
     python pretrain.py                                        # laptop: the embedded data, minutes
     python pretrain.py --data DIR --depth 12                  # one GPU
     torchrun --standalone --nproc_per_node=8 pretrain.py --data DIR --depth 20
+    torchrun --standalone --nproc_per_node=8 pretrain.py --data DIR --depth 40 --shard fsdp
 
 Loss: mean over tokens of -ln p(token | tokens before it), in nats. Validation also reports bits per
 byte, the sum of nats / (ln 2 * bytes of text), which compares models across tokenizers.
@@ -22,11 +23,12 @@ projections start at zero; windows come from a shuffled, shifted grid: each toke
 import dataclasses
 import functools
 import itertools
-import json
 import math
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,7 +39,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from model import (ENDOFTEXT, GPT, GPTConfig, Log, can_compile, cosine_lr, duration,
                    encoding_from_dict, encoding_hash, fail, generate, lineage, load_checkpoint,
                    load_weights, make_optimizers, parse_args, peak_flops, peak_memory, print0,
-                   save_checkpoint, seed_step, setup, sum_over_ranks, token_bytes)
+                   read_json, save_checkpoint, scatter, seed_step, setup, sum_over_ranks,
+                   token_bytes)
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Config:
     spike: float = 10.0                    # skip a step of so many times the usual gradient norm
     max_skips: int = 5                     # stop after so many skipped steps in a row
     # running
+    shard: Literal["none", "zero1", "fsdp"] = "none"  # split over ranks: moments, or everything
     eval_every: int = 250                  # optimizer steps between validations
     eval_tokens: int = 2 ** 20             # at most so many validation tokens, the same every time
     save_every: int = 250                  # optimizer steps between checkpoints
@@ -114,11 +118,10 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
         with torch.device("meta"):
             n_params = sum(p.numel() for p in GPT(config).parameters())
         c.max_steps = max(1, int(min(20 * n_params, 6 * train_tokens) / c.total_batch_tokens))
-    rows = c.total_batch_tokens // c.block_size
-    if rows * c.block_size != c.total_batch_tokens or rows % d.world_size:
+    rows, rest = divmod(c.total_batch_tokens, d.world_size * c.block_size)
+    if rest:
         fail(f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of {d.world_size} "
              f"ranks x --block_size {c.block_size}")
-    rows //= d.world_size
     limit = 2 ** 13 if d.device.type == "cpu" else 2 ** 15    # tokens a pass
     c.device_batch_size = c.device_batch_size or max(
         n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * c.block_size <= limit))
@@ -134,26 +137,21 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
 
 def open_tokens(spec):
     """DIR or DIR:WEIGHT -> dict(path, weight, train, val, enc); the arrays are memory-mapped."""
-    path, _, weight = spec.rpartition(":")
-    try:
-        path, weight = (path, float(weight)) if path else (spec, 1.0)
-    except ValueError:
-        path, weight = spec, 1.0
-    folder = Path(path)
-    if not (folder / "manifest.json").exists():
+    path, weight = re.fullmatch(r"(.*?)(?::([0-9.]+))?", spec).groups(default="1")
+    if not Path(path, "manifest.json").exists():
         fail(f"{path} holds no tokens; make them with: "
              f"python prepare.py --input FILES --out {path}")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    enc = encoding_from_dict(json.loads((folder / "encoding.json").read_text()))
-    source = dict(path=path, weight=weight, enc=enc)
-    source["facts"] = {k: manifest.get(k) for k in ("sources", "knowledge_cutoff", "tokens")}
-    source["facts"]["dropped"] = {row["name"]: row["documents"] for row in manifest.get("ledger", [])
-                                  if row["kind"] == "dropped"}
+    manifest = read_json(Path(path, "manifest.json"))
+    enc = encoding_from_dict(read_json(Path(path, "encoding.json")))
+    facts = {k: manifest.get(k) for k in ("sources", "knowledge_cutoff", "tokens")}
+    facts["dropped"] = {row["name"]: row["documents"] for row in manifest.get("ledger", [])
+                        if row["kind"] == "dropped"}
+    source = dict(path=path, weight=float(weight), enc=enc, facts=facts)
     for part in ("train", "val"):
-        file, dtype = folder / f"{part}.bin", np.dtype(manifest["dtype"])
-        if not file.exists() or file.stat().st_size != manifest["tokens"][part] * dtype.itemsize:
-            fail(f"{file} is missing or not as long as its manifest says; run prepare.py again")
+        file, dtype = Path(path, f"{part}.bin"), np.dtype(manifest["dtype"])
         n = manifest["tokens"][part]
+        if not file.exists() or file.stat().st_size != n * dtype.itemsize:
+            fail(f"{file} is missing or not as long as its manifest says; run prepare.py again")
         source[part] = np.memmap(file, dtype, mode="r") if n else np.zeros(0, dtype)
         if n and int(source[part][:: max(1, n // 2 ** 20)].max()) >= enc.n_vocab:
             fail(f"{file} holds ids past its vocabulary of {enc.n_vocab}; run prepare.py again")
@@ -194,10 +192,8 @@ def window(tokens, block_size, index, seed):
 def get_batch(sources, picks, block_size, seed, device):
     """Windows as ids (B, T) and targets (B, T), the same windows one token later."""
     rows = [window(sources[s]["train"], block_size, i, (seed, s)) for s, i in picks]
-    batch = torch.from_numpy(np.stack(rows))
-    if device.type == "cuda":
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    return batch[:, :-1].to(device), batch[:, 1:].to(device)
+    batch = torch.from_numpy(np.stack(rows)).to(device)
+    return batch[:, :-1], batch[:, 1:]
 
 
 def documents(ids, enc):
@@ -212,11 +208,12 @@ def evaluate(model, sources, cfg, d):
     T, enc = cfg.block_size, sources[0]["enc"]
     stride = T * math.ceil(sum(len(s["val"]) for s in sources) / cfg.eval_tokens)
     windows = [(s["val"], i) for s in sources for i in range(0, len(s["val"]) - 1, stride)]
+    per_rank = math.ceil(len(windows) / d.world_size)    # as many passes on all: they may exchange
     windows = windows[d.rank::d.world_size]
     sizes = token_bytes(enc).to(d.device)
     sums = torch.zeros(4, dtype=torch.float64)    # nats, tokens, nats of text, bytes of text
     model.eval()
-    for start in range(0, len(windows), cfg.device_batch_size):
+    for start in range(0, per_rank, cfg.device_batch_size):
         ids = torch.zeros(cfg.device_batch_size, T + 1, dtype=torch.long)    # compiled once
         mask = torch.zeros(cfg.device_batch_size, T)
         for row, (tokens, i) in enumerate(windows[start:start + cfg.device_batch_size]):
@@ -238,23 +235,15 @@ def evaluate(model, sources, cfg, d):
 @torch.no_grad()
 def sample_text(model, sources, cfg, d):
     """What the model makes of the first words of the validation text, as one line to print."""
-    prompt = [int(i) for i in sources[0]["val"][:8]]
+    enc, prompt = sources[0]["enc"], sources[0]["val"][:8].tolist()
     n = min(cfg.sample_tokens, cfg.block_size - len(prompt))
-    if not d.is_master or not prompt or n < 1:
+    if not prompt or n < 1:
         return ""
-    enc = sources[0]["enc"]
+    if cfg.shard == "fsdp":    # generate calls the model's parts, and the embeddings are its own
+        model.unshard()
     ids, _ = generate(model, [prompt], n, temperature=0.8, seed=cfg.seed, dtype=d.dtype,
                       stop_ids=[enc._special_tokens[ENDOFTEXT]])
     return f"\n    {enc.decode(prompt)!r} -> {enc.decode(ids[0, len(prompt):].tolist())!r}"
-
-
-def clock_of_rank0(seconds, d):
-    """The first rank's clock on every rank, so that all of them end at the same step."""
-    if d.world_size == 1:
-        return seconds
-    t = torch.tensor([seconds], device=d.device)
-    dist.broadcast(t, 0)
-    return t.item()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -323,19 +312,28 @@ def main(cfg):
                  f"{cfg.block_size} + 1; prepare more text or lower --block_size")
     if sum(len(s["val"]) for s in sources) < 2:
         fail(f"{cfg.data[0]} has no validation text; prepare it with a --val_fraction above 0")
-    raw = GPT(config).to(d.device)
+    raw = GPT(config)
     n_params, flops = sum(p.numel() for p in raw.parameters()), raw.flops_per_token()
     plan(cfg, config, n_params, flops, train_tokens)
     if cfg.plan:
         return
+    if cfg.shard != "none" and d.world_size == 1:
+        fail(f"--shard {cfg.shard} divides the model among processes and this is the only one: "
+             f"start with torchrun --nproc_per_node=N, or leave it out")
     if checkpoint:
         load_weights(raw, checkpoint)
+    if cfg.shard == "fsdp":    # from the CPU, block by block: no device ever holds the whole
+        from torch.distributed.fsdp import fully_shard    # slow to import
+        for module in (*raw.blocks, raw):
+            fully_shard(module)
+    else:
+        raw.to(d.device)
     model = torch.compile(raw) if cfg.compile and can_compile(d.device) else raw
-    if d.world_size > 1:
+    if d.world_size > 1 and cfg.shard != "fsdp":
         model = DDP(model, device_ids=[d.local_rank] if d.device.type == "cuda" else None,
                     forward_sync_buffers=False, gradient_as_bucket_view=True)
     optimizers = make_optimizers(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay,
-                                 (cfg.beta1, cfg.beta2))
+                                 (cfg.beta1, cfg.beta2), zero1=cfg.shard == "zero1")
 
     # state: everything a resumed run needs besides weights and moments
     state = dict(step=0, taken=[0] * len(sources), seconds=0.0, usual_norm=None, skipped=0,
@@ -343,6 +341,8 @@ def main(cfg):
     if cfg.resume:
         state = checkpoint["state"]
         for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            if cfg.shard == "fsdp":
+                scatter(saved, opt)
             opt.load_state_dict(saved)
         changed = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in checkpoint["stage_config"].items()
                    if k not in ("resume", "out", "init") and v != getattr(cfg, k)]
@@ -353,16 +353,20 @@ def main(cfg):
     print0(f"peak for MFU: {peak / 1e12:.2f} TFLOP/s ({how})")
 
     def save():
-        if d.is_master:
+        for opt in optimizers if cfg.shard == "zero1" else ():
+            opt.consolidate_state_dict()    # on the first rank
+        if d.is_master or cfg.shard == "fsdp":
             save_checkpoint(cfg.out, raw, "pretrain", state["step"], enc, cfg, state=state,
                             optimizers=[opt.state_dict() for opt in optimizers])
 
     micro_steps = cfg.total_batch_tokens // (cfg.block_size * cfg.device_batch_size * d.world_size)
-    started, spent = time.perf_counter() - state["seconds"], []    # spent: since the last line
+    started = time.perf_counter() - state["seconds"]
     for step in itertools.count(state["step"]):
         state.update(step=step, seconds=time.perf_counter() - started)
-        progress = step / cfg.max_steps if cfg.max_steps else (
-            clock_of_rank0(state["seconds"], d) / (60 * cfg.max_minutes))
+        progress = step / (cfg.max_steps or math.inf)
+        if cfg.max_minutes:    # by the first rank's clock, so that all ranks end at the same step
+            clock = torch.tensor(state["seconds"] * d.is_master, dtype=torch.float64)
+            progress = sum_over_ranks(clock, d).item() / (60 * cfg.max_minutes)
         last = progress >= 1
 
         if last or step and step % cfg.eval_every == 0:
@@ -376,9 +380,8 @@ def main(cfg):
             break
 
         seed_step(cfg.seed, step, d.rank)    # dropout is the only draw below
-        half_a_step = 0.5 / cfg.max_steps if cfg.max_steps else 0
-        lr = cosine_lr(progress + half_a_step, cfg.warmup, cfg.learning_rate,
-                       cfg.min_lr * cfg.learning_rate)
+        middle = progress + 0.5 / (cfg.max_steps or math.inf)    # of the step
+        lr = cosine_lr(middle, cfg.warmup, cfg.learning_rate, cfg.min_lr * cfg.learning_rate)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
@@ -390,16 +393,17 @@ def main(cfg):
             at = (micro * d.world_size + d.rank) * cfg.device_batch_size
             x, y = get_batch(sources, picks[at:at + cfg.device_batch_size], cfg.block_size,
                              cfg.seed, d.device)                                  # (B, T) each
-            if d.world_size > 1:    # exchange gradients once, after the last micro-step
+            if isinstance(model, DDP):    # exchange gradients once, after the last micro-step
                 model.require_backward_grad_sync = micro == micro_steps - 1
             with d.autocast():
                 logits = model(x, documents(x, enc) if cfg.doc_mask else None)    # (B, T, V)
             nats = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
             part = nats / cfg.total_batch_tokens    # of the mean over the tokens of all ranks
-            (part * d.world_size).backward()        # because DDP averages over ranks
+            (part * d.world_size).backward()        # because ranks average gradients
             loss += part.detach()
         loss = sum_over_ranks(loss, d).item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip)
+        grad_norm = (grad_norm.full_tensor() if cfg.shard == "fsdp" else grad_norm).item()
 
         usual = state["usual_norm"]
         bad = not math.isfinite(loss + grad_norm) or (
@@ -408,35 +412,29 @@ def main(cfg):
             print0(f"step {step}: skipped, loss {loss:.4g}, gradient norm {grad_norm:.3g} "
                    f"(usual {usual or 0:.3g})")
         else:
-            for opt in optimizers:
-                opt.step()
             state["usual_norm"] = grad_norm if usual is None else 0.95 * usual + 0.05 * grad_norm
         for opt in optimizers:
-            opt.zero_grad(set_to_none=True)
+            if not bad:
+                opt.step()
+            opt.zero_grad()
         state["skipped"] += bad
         state["skips_in_row"] = state["skips_in_row"] + 1 if bad else 0
         if state["skips_in_row"] >= cfg.max_skips:
             state["step"] = step + 1
             save()
-            where = f"windows {[i for _, i in picks[:4]]}... of {cfg.data[picks[0][0]]}"
             fail(f"{cfg.max_skips} steps in a row were non-finite or spiking, the last at step "
-                 f"{step} on {where}. The weights from before are in {cfg.out}; lower "
-                 f"--learning_rate or look at that text")
+                 f"{step} on windows {[i for _, i in picks[:4]]}... of {cfg.data[picks[0][0]]}. "
+                 f"The weights from before are in {cfg.out}; lower --learning_rate or look at "
+                 f"that text")
 
-        spent.append(time.perf_counter() - step_started)
-        rate = cfg.total_batch_tokens / spent[-1]
-        line = ""
-        if step % cfg.log_every == 0:
-            mean = sum(spent) / len(spent)
-            left = (1 - progress) * 60 * cfg.max_minutes if cfg.max_minutes else (
-                (cfg.max_steps - step) * mean)
-            shown = cfg.total_batch_tokens / mean
-            line = (f"step {step:6d} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:6.3f} | "
-                    f"{shown:9,.0f} tok/s | mfu {shown * flops / peak:5.1%} | "
-                    f"eta {duration(left)}")
-            spent = []
-        log(line, step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=rate,
-            mfu=rate * flops / peak, seconds=time.perf_counter() - started,
+        seconds = time.perf_counter() - started
+        rate = cfg.total_batch_tokens / (time.perf_counter() - step_started)
+        left = seconds / (step + 1) * (cfg.max_steps - step - 1) if cfg.max_steps else (
+            max(0, 60 * cfg.max_minutes - seconds))
+        line = (f"step {step:6d} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:6.3f} | "
+                f"{rate:9,.0f} tok/s | mfu {rate * flops / peak:5.1%} | eta {duration(left)}")
+        log(line if step % cfg.log_every == 0 else "", step=step, loss=loss, lr=lr,
+            grad_norm=grad_norm, tokens_per_second=rate, mfu=rate * flops / peak, seconds=seconds,
             **(dict(skipped=state["skipped"]) if bad else {}))
 
     print0(f"done: {cfg.out}: {step:,} steps, {step * cfg.total_batch_tokens:,} tokens in "

@@ -34,7 +34,6 @@ import hashlib
 import heapq
 import html
 import http.client
-import importlib
 import io
 import ipaddress
 import itertools
@@ -44,7 +43,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 import unicodedata
 import urllib.parse
@@ -77,7 +75,6 @@ class Config:
     # input and output
     input: list[str] = listed("data/raw/*")  # PATH[:WEIGHT] ...
     out: str = "out/tokens"  # folder to write
-    downloads: str = "out/downloads"  # where data sets fetched by name are kept
     dropped: bool = False  # also write dropped.jsonl: every dropped document with its reason
     blocks: bool = False  # in .txt files blank lines separate documents (else a file is one)
     # tokenizer and split
@@ -156,8 +153,7 @@ def exchange(rows, group):
 # Gather: files -> records {"text": ...}, or the reason (a str) why one cannot be read
 
 LARGEST = 1 << 28    # bytes of a line, page or record; what is longer is a decompression bomb
-PART = 1 << 24       # bytes; longer .txt and .jsonl files are read in parts, longer texts are cut
-CHUNK = 1 << 24      # bytes; a rank's unit of work
+CHUNK = 1 << 24      # bytes, a rank's unit of work; longer text files are read in parts, texts cut
 ROW, TEXT, PAGE = range(3)    # kinds of text: from the fields of a row, plain text, a web page
 TEXT_FIELDS = ("text", "content", "messages", "conversations", "question answer",
                "instruction input output", "instruction output", "prompt completion",
@@ -195,7 +191,7 @@ def find_sources(cfg):
         if not weight:
             fail(f"--input {item}: a weight is above 0")
         if path in DATASETS and not Path(path).exists():
-            path = download(*DATASETS[path][:2], cfg.downloads)
+            path = download(*DATASETS[path][:2], "out/downloads")
         elif item in Config().input and not glob.glob(item):
             path = HERE / item    # a run from another folder finds the embedded data
         found = [path] if Path(path).exists() else glob.glob(str(path), recursive=True)
@@ -216,28 +212,30 @@ def file_kind(path):
 
 
 def plan(sources):
-    """Chunks, lists of (source, file, from byte, to byte): the same for any number of ranks."""
-    chunks, size = [[]], 0
+    """(parts: every (source, file, from byte, to byte); chunks: which parts a rank takes at once)"""
+    parts, chunks, size = [], [], CHUNK
     for source, (_, files) in enumerate(sources):
         for path in files:
             length = path.stat().st_size
-            step = PART if path.suffix.lower() in SPLITS else max(1, length)
+            step = CHUNK if path.suffix.lower() in SPLITS else max(1, length)
             for start in range(0, max(1, length), step):
                 if size >= CHUNK:
-                    chunks, size = [*chunks, []], 0
-                chunks[-1].append((source, path, start, min(length, start + PART)))
-                size += min(length - start, PART)
-    return chunks
+                    chunks.append([])
+                    size = 0
+                chunks[-1].append(len(parts))
+                parts.append((source, path, start, start + step))
+                size += min(step, length - start)
+    return parts, chunks
 
 
 def open_part(path, start, end):
     """(file, bytes to read of it): all of a compressed file, else from line start to line start."""
-    f, suffix = open(path, "rb"), path.suffix.lower()
+    suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=f), math.inf
+        return gzip.open(path), math.inf
     if suffix == ".zst":
-        zstd = optional("zstandard").ZstdDecompressor()
-        return io.BufferedReader(zstd.stream_reader(f, read_across_frames=True)), math.inf
+        return io.BufferedReader(arrow().input_stream(path, compression="zstd")), math.inf
+    f = open(path, "rb")
     if suffix not in SPLITS:
         return f, math.inf
     longest = -1 if suffix == ".jsonl" else 1 << 20
@@ -258,32 +256,30 @@ def read_part(path, start, end, cfg):
     """Yield (number, record, or the reason why it cannot be read) of one part of a file.
 
     More than 1 % of the latter is an error, and so is a compressed file that ends early."""
-    seen, bad, first = 0, 0, ""
+    seen, bad = 0, []
     try:
         f, size = open_part(path, start, end)
         with f:
-            for number, record in enumerate(READERS[file_kind(path)](f, size, cfg)):
+            for number, record in enumerate(READERS[file_kind(path)](f, size, cfg), 1):
                 if record is None:
                     continue    # a blank line
                 seen += 1
                 if isinstance(record, str):
-                    bad, first = bad + 1, first or f"{number + 1}: {record}"
-                    if bad > 100 and bad > 0.01 * seen:
-                        break
-                yield number, record
-    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile,
-            getattr(sys.modules.get("zstandard"), "ZstdError", EOFError)) as e:
+                    bad.append(f"{number}: {record}")
+                yield number - 1, record
+    except (OSError, EOFError, ValueError, zlib.error) as e:
         fail(f"{path}: damaged after {seen} documents ({e}); fetch the file again")
-    if bad > 0.01 * seen:
-        fail(f"{path}{f' from byte {start}' if start else ''}: {bad} of {seen} records cannot be "
-             f"read, the first is {'line' if file_kind(path) == '.jsonl' else 'record'} {first}")
+    if len(bad) > 0.01 * seen:
+        fail(f"{path}{f' from byte {start}' if start else ''}: {len(bad)} of {seen} records cannot "
+             f"be read, the first is {'line' if file_kind(path) == '.jsonl' else 'record'} {bad[0]}")
 
 
-def optional(package):
+def arrow():
     try:
-        return importlib.import_module(package)
+        import pyarrow.parquet
     except ImportError:
-        fail(f"this file needs a package: pip install {package.split('.')[0]}")
+        fail(".parquet and .zst files need a package: pip install pyarrow")
+    return pyarrow
 
 
 def decode(data, charset=""):
@@ -297,6 +293,8 @@ def decode(data, charset=""):
 
 
 def record_of(text, kind, **origin):
+    """JSON can spell half surrogate pairs, which UTF-8 cannot; they become U+FFFD, as in tiktoken."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     broken = text.count("\ufffd")
     return "not UTF-8 text" if broken > 0.1 * len(text) else dict(text=text, kind=kind, **origin)
 
@@ -333,7 +331,7 @@ def read_json(f, size, cfg):
 
 
 def read_parquet(f, size, cfg):
-    for batch in optional("pyarrow.parquet").ParquetFile(f).iter_batches(1000):
+    for batch in arrow().parquet.ParquetFile(f).iter_batches(1000):
         yield from map(row_record, batch.to_pylist())
 
 
@@ -569,14 +567,6 @@ def normalise(text):
     return CONTROL.sub("", unicodedata.normalize("NFC", text)).strip()
 
 
-def utf8(text):
-    """UTF-8 bytes; half surrogate pairs (JSON can spell them) become U+FFFD, as in tiktoken."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-
-
 # ------------------------------------------------------------------------------------------------
 # What each distinct word looks like, worked out once and looked up by numpy ever after
 
@@ -643,14 +633,14 @@ class Words(dict):
             found = unicodedata.normalize("NFD", found)
             found = "".join(c for c in found if unicodedata.category(c) != "Mn")
             found = re.sub(r"([\u3040-\u30ff\u4e00-\u9fff])", r" \1 ", found)
-        found = [hash64(utf8(w)) for w in found.split()]
+        found = [hash64(w.encode()) for w in found.split()]
         if i == len(self.table):
             self.table = np.resize(self.table, 2 * i)
         while self.used + len(found) > len(self.match):
             self.match = np.resize(self.match, 2 * len(self.match))
         stop = 1 << STOP_WORDS.index(plain) if plain in STOP_WORDS else 0
         languages = sum((plain in known) << n for n, known in enumerate(FUNCTION_WORDS.values()))
-        self.table[i] = (hash64(utf8(word)), len(word), any(map(str.isalpha, word)),
+        self.table[i] = (hash64(word.encode()), len(word), any(map(str.isalpha, word)),
                          INSULTS.get(plain, 0), SALES.get(plain, 0), stop, languages,
                          self.used, len(found))
         self.match[self.used:self.used + len(found)] = found
@@ -939,6 +929,12 @@ def minhash(hashes, shingle, functions):
     return (low >> np.uint64(32)).astype(np.uint32)
 
 
+def band_keys(signature, rows):
+    """(bands,) uint64: each `rows` hashes of a signature as one number, equal if all of them are."""
+    *_, (_, keys) = growing(signature.reshape(-1, rows).T.astype(np.uint64), rows)
+    return keys[0]
+
+
 def s_curve(similarity, bands, rows):
     """The chance that two texts of this Jaccard similarity agree in a band."""
     return 1 - (1 - similarity ** rows) ** bands
@@ -982,16 +978,14 @@ def roots(parent):
     return parent
 
 
-def duplicates(docs, reasons, numbers, minhashes, cfg, group):
+def duplicates(docs, reasons, numbers, bands, cfg, group):
     """(reasons, root) of every document: why it goes or "", and which cluster it is in.
 
-    All ranks know docs; minhashes are of this rank's documents, which have these numbers.
+    All ranks know docs; bands (n, bands) are of this rank's documents, which have these numbers.
     One of each cluster stays: of the first source, then the longest, then the first."""
     every, reasons = np.arange(len(docs)), reasons.copy()
     parent = every.copy()
-    for name in DUPLICATES:
-        if name in cfg.skip:
-            continue
+    for name in [name for name in DUPLICATES if name not in cfg.skip]:
         left = every[reasons == ""]
         if name == "exact_duplicate":
             union(parent, same(docs["key"][left], left))
@@ -999,12 +993,9 @@ def duplicates(docs, reasons, numbers, minhashes, cfg, group):
             left = left[docs["url"][left] != 0]
             union(parent, same(docs["url"][left], left))
         else:
-            left = np.flatnonzero(reasons[numbers] == "")
-            for band in range(cfg.bands):    # one at a time: 16 bytes a document
-                columns = minhashes[left, band * cfg.rows:(band + 1) * cfg.rows].T.astype(np.uint64)
-                *_, (_, keys) = growing(columns, cfg.rows)
-                rows = np.column_stack([keys.reshape(-1), numbers[left].astype(np.uint64)])
-                rows = exchange(rows, group)
+            mine = reasons[numbers] == ""
+            for keys in bands[mine].T:    # one at a time: 16 bytes a document
+                rows = exchange(np.column_stack([keys, numbers[mine].astype(np.uint64)]), group)
                 for edges in gather(same(rows[:, 0], rows[:, 1]), group):
                     union(parent, edges)
         root, length = roots(parent), docs["size"] * (name != "exact_duplicate")
@@ -1119,9 +1110,9 @@ def contaminated(hits, kept, index, common):
 # ------------------------------------------------------------------------------------------------
 # Clean: a chunk of records -> its texts in the working folder, and a row of numbers a document
 
-DOC = np.dtype([("read", "i8"), ("normalised", "i8"), ("filtered", "i8"), ("size", "i8"),    # bytes
-                ("chars", "i8"), ("key", "u8", 2), ("url", "u8"), ("source", "i4"), ("part", "i4"),
-                ("at", "i8")])
+DOC = np.dtype([("read", "i4"), ("normalised", "i4"), ("filtered", "i4"), ("size", "i4"),    # bytes
+                ("chars", "i4"), ("key", "u8", 2), ("url", "u8"), ("source", "i4"), ("part", "i4"),
+                ("at", "i4"), ("head", "S48")])    # where it stood, and how it begins
 NO_KEY = bytes(c for c in range(128) if not chr(c).isalnum())
 
 
@@ -1132,7 +1123,7 @@ def clean(text, kind, words, cfg, counts):
         text, before = repair(text), text
         counts["normalise", "texts with mojibake repaired"] += text != before
     doc = Doc(normalise(text), words)
-    sizes = [len(utf8(doc.text))] * 2
+    sizes = [len(doc.text.encode())] * 2
     if not doc.text:
         return doc, sizes, "empty"
     for rule in RULES:
@@ -1143,61 +1134,53 @@ def clean(text, kind, words, cfg, counts):
             if doc.text != before:
                 counts["filter", "texts with lines cut out by c4"] += 1
                 doc = Doc(doc.text, words)
-                sizes[1] = len(utf8(doc.text))
+                sizes[1] = len(doc.text.encode())
     text, found = (doc.text, {}) if "scrub" in cfg.skip else scrub(doc.text)
     counts.update({("scrub", placeholder): n for placeholder, n in found.items()})
     return Doc(text, words) if found else doc, sizes, ""
 
 
-def clean_chunk(parts, file, cfg, index, words):
-    """Write all texts of a chunk to a file, cleaned as far as they came.
+def clean_chunk(parts, numbers, file, cfg, index, words):
+    """Write all texts of a chunk, the parts of these numbers, to a file, cleaned as far as they came.
 
     Returns dict(docs (N,) DOC, reasons: why each goes or "", counts, hits (., 2): document and
-    evaluation n-gram, numbers and minhashes (., bands x rows) of the documents that stay)."""
-    rows, reasons, counts, numbers, minhashes = [], [], Counter(), [], []
-    hits, functions = [np.zeros((0, 2), np.uint64)], hash_functions(cfg.bands * cfg.rows)
-    records = ((source, i, at, record) for i, (source, path, start, end) in enumerate(parts)
-               for at, record in read_part(path, start, end, cfg))
+    evaluation n-gram, bands (N, bands): MinHash keys of the documents that stay)."""
+    rows, reasons, bands, counts, hits = [], [], [], Counter(), [np.zeros((0, 2), np.uint64)]
+    functions, none = hash_functions(cfg.bands * cfg.rows), np.zeros(cfg.bands, np.uint64)
     with open(file, "wb") as f:
-        for source, i, at, record in records:
-            unreadable = record if isinstance(record, str) else ""
+        for part, (at, record) in ((n, x) for n in numbers for x in read_part(*parts[n][1:], cfg)):
+            source, unreadable = parts[part][0], record if isinstance(record, str) else ""
             record = dict(text="", kind=ROW) if unreadable else record
             url = url_key(record.get("url", ""))
             kind = dict(auto=PAGE if url else record["kind"], all=PAGE, none=ROW)[cfg.web]
             counts[source, "broken", ""] += "\ufffd" in record["text"]
             counts[source, "date", record.get("date", "")[:10]] += 1
             counts[source, "licence", record.get("license", "not stated")] += not unreadable
-            for text in cut_text(record["text"], PART):
-                reason, doc = unreadable or ("" if text.strip() else "empty"), None
-                read = len(utf8(text))
-                sizes = [read, read]
+            for text in cut_text(record["text"], CHUNK):
+                reason = unreadable or ("" if text.strip() else "empty")
+                read = len(text.encode())
+                doc, sizes, keys = None, [read] * 2, none
                 if cfg.clean and not reason:
                     doc, sizes, reason = clean(text, kind, words, cfg, counts)
                     text = doc.text
-                data = key = utf8(text)
+                data = key = text.encode()
                 if doc and not reason:
-                    key = utf8(text.lower()).translate(None, NO_KEY) or data
+                    key = text.lower().encode().translate(None, NO_KEY) or data
                     h = words.matching(doc.rows)
                     h = h if len(h) else np.array([hash64(data)], np.uint64)
                     if "near_duplicate" not in cfg.skip:
-                        numbers.append(len(rows))
-                        minhashes.append(minhash(h, cfg.shingle, functions))
+                        keys = band_keys(minhash(h, cfg.shingle, functions), cfg.rows)
                     if index and len(found := lookup(index, h)):
                         hits.append(np.stack([np.full_like(found, len(rows)), found], axis=1))
                 key = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), "<u8")
+                head = " ".join(text[:200].split()).encode()
                 rows.append((read, *sizes, len(data), len(text), key,
-                             hash64(utf8(url)) if url else 0, source, i, at))
+                             hash64(url.encode()) if url else 0, source, part, at, head[:48]))
                 reasons.append(reason)
+                bands.append(keys)
                 f.write(data)
     return dict(docs=np.array(rows, DOC), reasons=reasons, counts=counts,
-                hits=np.concatenate(hits), numbers=np.array(numbers, np.int64),
-                minhashes=np.array(minhashes, np.uint32).reshape(-1, cfg.bands * cfg.rows))
-
-
-def document_name(part, at):
-    """pages/007.html#0, raw/corpus.jsonl@16777216#12: file, first byte of the part, record."""
-    _, path, start, _ = part
-    return f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{at}"
+                hits=np.concatenate(hits), bands=np.array(bands).reshape(-1, cfg.bands))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1209,19 +1192,30 @@ STEP_OF = {**dict.fromkeys(DUPLICATES, "deduplicate"), "contaminated": "decontam
            **{rule.__name__: "filter" for rule in RULES}}    # other reasons: read
 
 
-def make_ledger(steps, docs, reasons, counts, examples):
+def document_name(doc, parts):
+    """pages/007.html#0, raw/corpus.jsonl@16777216#12: file, first byte of the part, record."""
+    _, path, start, _ = parts[doc["part"]]
+    return f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{doc['at']}"
+
+
+def make_ledger(steps, docs, reasons, counts, parts):
     """A row for whatever a step changed or dropped, the frequent first, and for what it kept."""
     rows, left, dropped = [], np.ones(len(docs), bool), Counter(reasons[reasons != ""])
 
     def add(step, kind, name, documents, size=0, shown=()):
+        examples = [f"{document_name(doc, parts)}: {doc['head'].decode(errors='ignore')}"
+                    for doc in docs[shown]]
         rows.append(dict(step=step, kind=kind, name=name, documents=int(documents),
-                         bytes=int(size), examples=[examples[i] for i in shown]))
+                         bytes=int(size), examples=examples))
+
+    def frequent(counter):
+        return sorted(counter.items(), key=lambda item: (-item[1], str(item[0])))
 
     for step in steps:
-        for (of, name, *_), n in sorted(counts.items(), key=lambda item: (-item[1], str(item[0]))):
+        for (of, name, *_), n in frequent(counts):
             if of == step and n:
                 add(step, "changed", name, n)
-        for name, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
+        for name, n in frequent(dropped):
             if STEP_OF.get(name.split(":")[0], "read") == step:
                 these = np.flatnonzero(reasons == name)
                 add(step, "dropped", name, n, docs["size"][these].sum(), these[:3])
@@ -1265,21 +1259,12 @@ def report(manifest, out, seconds):
 
 
 def count_pieces(texts):
-    """{piece of the GPT-4 split: how often}.
-
-    Words with the blanks before them are counted first, and only distinct ones go through the slow
-    pattern: no piece goes on behind a word, save for line ends behind symbols."""
-    pieces, words = Counter(), Counter()
-    for text in itertools.chain(texts, [None]):
-        if text is not None:
-            words.update(regex.findall(r"\s*+\S++(?:(?<=[^\s\p{L}\p{N}])[\r\n]++)?|\s++", text))
-        if text is None or len(words) > 1_000_000:
-            for word, n in words.items():
-                for piece in regex.findall(GPT4_SPLIT, word):
-                    if len(piece) <= 256:    # longer ones are junk that costs time
-                        pieces[piece] += n
-            words.clear()
-    return pieces
+    """{piece of the GPT-4 split: how often}, without the longest: they are junk that costs time."""
+    pieces = Counter()
+    for text in texts:
+        for part in cut_text(text, PIECE):
+            pieces.update(regex.findall(GPT4_SPLIT, part))
+    return Counter({piece: n for piece, n in pieces.items() if len(piece) <= 256})
 
 
 def train_bpe(counts, size):
@@ -1423,29 +1408,22 @@ def write_ids(f, ids, dtype):
 
 
 def encode_texts(enc, texts, path, dtype):
-    """Write path.bin and path.idx (where documents end in this file). Returns the bytes of text."""
-    ends, size = [0], 0
-    with open(f"{path}.bin", "wb") as ids_file, open(f"{path}.idx", "wb") as ends_file:
+    """Write the ids of texts to a file. Returns (how many ids each text has, bytes of text)."""
+    lengths, size = [], 0
+    with open(path, "wb") as f:
         for text in texts:
             ids = encode(enc, text)
-            write_ids(ids_file, ids, dtype)
-            ends.append(ends[-1] + len(ids))
+            write_ids(f, ids, dtype)
+            lengths.append(len(ids))
             size += len(text.encode())
-        write_ids(ends_file, np.array(ends[1:], np.uint64), np.uint64)
-    return size
+    return lengths, size
 
 
-def join_files(pieces, path):
-    """Put the .bin and .idx files of the pieces together in order. Returns (documents, tokens)."""
-    documents = tokens = 0
-    with open(f"{path}.bin", "wb") as ids_file, open(f"{path}.idx", "wb") as ends_file:
-        for piece in pieces:
-            ends = np.fromfile(f"{piece}.idx", "<u8")
-            write_ids(ends_file, ends + np.uint64(tokens), np.uint64)
-            documents, tokens = documents + len(ends), tokens + int(ends[-1] if len(ends) else 0)
-            with open(f"{piece}.bin", "rb") as f:
-                shutil.copyfileobj(f, ids_file, 1 << 22)
-    return documents, tokens
+def join_files(files, path):
+    with open(path, "wb") as joined:
+        for file in files:
+            with open(file, "rb") as f:
+                shutil.copyfileobj(f, joined, 1 << 22)
 
 
 def file_hash(path):
@@ -1483,24 +1461,27 @@ def epochs(weights, sizes, power):
 # ------------------------------------------------------------------------------------------------
 
 
-def main(cfg):
-    started = time.time()
-    if not 0 <= cfg.val_fraction < 1:
-        fail(f"--val_fraction {cfg.val_fraction}: from 0 to below 1")
-    if not 0 <= cfg.mix_power < math.inf:
-        fail(f"--mix_power {cfg.mix_power}: 0 or above")
-    for name in ("bands", "rows", "shingle", "eval_words"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name} {getattr(cfg, name)}: at least 1")
-    for flag, names, known in (("skip", cfg.skip, ALL_RULES),
-                               ("languages", cfg.languages, [*FUNCTION_WORDS, *SCRIPTS])):
-        for name in names:
-            if name not in known:
-                fail(f"--{flag} {name}: choose from {' '.join(known)}")
+def check(cfg):
+    for name, fine, bounds in (
+            ("val_fraction", 0 <= cfg.val_fraction < 1, "from 0 to below 1"),
+            ("mix_power", 0 <= cfg.mix_power < math.inf, "0 or above"),
+            *((name, getattr(cfg, name) >= 1, "at least 1")
+              for name in ("bands", "rows", "shingle", "eval_words"))):
+        if not fine:
+            fail(f"--{name} {getattr(cfg, name)}: {bounds}")
+    for name, known in (("skip", ALL_RULES), ("languages", [*FUNCTION_WORDS, *SCRIPTS])):
+        for value in getattr(cfg, name):
+            if value not in known:
+                fail(f"--{name} {value}: choose from {' '.join(known)}")
     out = Path(cfg.out)
     foreign = out.is_file() or out.exists() and any(out.iterdir())
     if foreign and not (out / "manifest.json").exists():
         fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
+
+
+def main(cfg):
+    started, out = time.time(), Path(cfg.out)
+    check(cfg)
     enc = None if cfg.tokenizer in ("train", "chars") else named_tokenizer(cfg.tokenizer)
     group, rank = None, 0    # one process, or a stage that calls this on one of its ranks
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -1531,50 +1512,51 @@ def prepare(cfg, sources, enc, work, rank, group):
     """Fill the working folder and return the manifest (on rank 0).
 
     All ranks know 100 bytes of every document; its text stays with the rank that read it."""
+    def path(name, n):
+        return work / "parts" / f"{name}.{n}"    # each chunk has files of its own
+
+    def gathered(mine):
+        return {n: value for theirs in gather(mine, group) for n, value in theirs.items()}
+
     # clean: every rank its chunks
-    parts = work / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
+    path("", 0).parent.mkdir(parents=True, exist_ok=True)
     searched = cfg.clean and "contaminated" not in cfg.skip and cfg.eval != "none"
     index = build_index(cfg) if searched else None
-    chunks, words = plan(sources), Words()
-    mine, started = {}, time.time()
-    shown = started
+    (parts, chunks), words, mine, shown = plan(sources), Words(), {}, time.time()
     for n in range(rank, len(chunks), dist.get_world_size(group) if group else 1):
-        mine[n] = clean_chunk(chunks[n], parts / f"{n}.text", cfg, index, words)
+        mine[n] = clean_chunk(parts, chunks[n], path("text", n), cfg, index, words)
         if time.time() > shown + 10:
             shown = time.time()
-            print0(f"  {n + 1} of {len(chunks)} chunks cleaned, {shown - started:.0f} s")
-    minhashes = [chunk.pop("minhashes") for chunk in mine.values()]    # these stay here
-    every = {n: chunk for theirs in gather(mine, group) for n, chunk in theirs.items()}
+            print0(f"  {n + 1} of {len(chunks)} chunks cleaned")
+    bands = [np.zeros((0, cfg.bands), np.uint64), *(chunk.pop("bands") for chunk in mine.values())]
+    every = gathered(mine)
     every = [every[n] for n in range(len(chunks))]
     docs, counts = np.concatenate([c["docs"] for c in every]), Counter()
     for chunk in every:
         counts.update(chunk["counts"])
-    first = np.cumsum([0] + [len(c["docs"]) for c in every])    # each chunk's first document
     reasons = np.array([reason for c in every for reason in c["reasons"]], object)
-    size, root = docs["size"], np.arange(len(docs))
+    chunk_of = np.repeat(np.arange(len(chunks)), [len(c["docs"]) for c in every])
+    first = np.searchsorted(chunk_of, np.arange(len(chunks) + 1))    # each chunk's first document
+    size, root = docs["size"].astype(np.int64), np.arange(len(docs))
+    starts = np.cumsum(size) - size
+    starts -= starts[first[chunk_of]]    # in the file of its chunk
 
-    def repeated(times, n):
-        """The numbers of the documents of chunk n, all with times > 0, then all with > 1, ..."""
+    def order(times, n):
+        """The numbers of chunk n's documents, all with times > 0, then all with > 1, ..."""
         times = times[first[n]:first[n + 1]]
-        return (first[n] + i for p in range(times.max(initial=0))
-                for i in np.flatnonzero(times > p))
+        return [first[n] + i for k in range(times.max(initial=0)) for i in np.flatnonzero(times > k)]
 
-    def texts(times, among):
-        """(number, text) of the documents in some of this rank's chunks, as often as said."""
-        for n in among:
-            with open(parts / f"{n}.text", "rb") as f:
-                starts = np.cumsum(size[first[n]:first[n + 1]]) - size[first[n]:first[n + 1]]
-                for i in repeated(times, n):
-                    f.seek(starts[i - first[n]])
-                    yield i, f.read(size[i]).decode()
+    def texts(times, n):
+        """(number, text) of these documents."""
+        with open(path("text", n), "rb") as f:
+            for i in order(times, n):
+                f.seek(starts[i])
+                yield i, f.read(size[i]).decode()
 
     # deduplicate, decontaminate
     if cfg.clean:
-        numbers = [first[n] + mine[n]["numbers"] for n in mine]
-        numbers = np.concatenate([np.zeros(0, int), *numbers])
-        minhashes = np.concatenate([np.zeros((0, cfg.bands * cfg.rows), np.uint32), *minhashes])
-        reasons, root = duplicates(docs, reasons, numbers, minhashes, cfg, group)
+        numbers = np.flatnonzero(np.isin(chunk_of, [*mine]))
+        reasons, root = duplicates(docs, reasons, numbers, np.concatenate(bands), cfg, group)
     if index:
         hits = [c["hits"] + np.array([first[n], 0], np.uint64) for n, c in enumerate(every)]
         goes, index["found"] = contaminated(np.concatenate(hits), reasons == "", index,
@@ -1585,20 +1567,6 @@ def prepare(cfg, sources, enc, work, rank, group):
         why = ", ".join(f"{n} {name}" for name, n in Counter(reasons).most_common(3)) or "no text"
         fail(f"--input {' '.join(cfg.input)}: nothing is left of {len(docs)} documents ({why}); "
              f"leave rules out with --skip, or all of them with --no-clean")
-
-    # what was dropped: three examples for each reason, and on request all of it
-    shown, examples = np.zeros(len(docs), int), {}
-    for reason in {*reasons[~kept]}:
-        shown[np.flatnonzero(reasons == reason)[:3]] = 1
-    for n in mine:
-        with open(parts / f"{n}.dropped", "w") as f:
-            for i, text in texts(1 * ~kept if cfg.dropped else shown, [n]):
-                name = document_name(chunks[n][docs["part"][i]], docs["at"][i])
-                if shown[i]:
-                    examples[i] = f"{name}: {' '.join(text[:200].split())[:60]}"
-                if cfg.dropped:
-                    f.write(json.dumps(dict(document=name, reason=reasons[i], text=text)) + "\n")
-    examples = {i: text for theirs in gather(examples, group) for i, text in theirs.items()}
 
     # split by duplicate cluster, mix the sources
     cluster_key = docs["key"][:, 0].copy()
@@ -1613,17 +1581,17 @@ def prepare(cfg, sources, enc, work, rank, group):
     copies, rest = copies * (chars > 0), 1 * (kept & (chars < docs["chars"]))
     if not copies.any():
         fail("no text is left for training; see --val_fraction and the weights")
-    share = cfg.tokenizer_bytes / max(1, (copies * size).sum())
-    sample = docs["key"][:, 0] * FACTOR / 2.0 ** 64 < share
 
     def train_texts(times, among):
-        return (text[:chars[i]] for i, text in texts(times, among))
+        return (text[:chars[i]] for n in among for i, text in texts(times, n))
 
     def val_texts(among):
-        return (text[chars[i]:] for i, text in texts(rest, among))
+        return (text[chars[i]:] for n in among for i, text in texts(rest, n))
 
     # tokenizer, from the training text as it is mixed
     if cfg.tokenizer == "train":
+        share = cfg.tokenizer_bytes / (copies * size).sum()
+        sample = docs["key"][:, 0] * FACTOR / 2.0 ** 64 < share
         pieces = count_pieces(train_texts(copies * sample, mine))
         enc = trained_tokenizer(sum(gather(pieces, group), Counter()), cfg.vocab_size)
     elif cfg.tokenizer == "chars":
@@ -1631,20 +1599,32 @@ def prepare(cfg, sources, enc, work, rank, group):
         enc = chars_tokenizer(set().union(*gather(letters, group)))
 
     # encode: files for each chunk, which rank 0 puts together
-    dtype, text_bytes = np.uint16 if enc.n_vocab <= 2 ** 16 else np.uint32, Counter()
+    dtype = np.dtype(np.uint16 if enc.n_vocab <= 2 ** 16 else np.uint32)
+    encoded = {}
     for n in mine:
         for name, part in (("train", train_texts(copies, [n])), ("val", val_texts([n]))):
-            text_bytes[name] += encode_texts(enc, part, parts / f"{name}.{n}", dtype)
-    text_bytes = sum(gather(text_bytes, group), Counter())
+            encoded[name, n] = encode_texts(enc, part, path(name, n), dtype)
+        if cfg.dropped:
+            rows = (dict(document=document_name(docs[i], parts), reason=reasons[i], text=text)
+                    for i, text in texts(1 * ~kept, n))
+            path("dropped", n).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoded = gathered(encoded)
     if rank:
         return None
-    manifest = dict(format=1, dtype=np.dtype(dtype).name, vocab_size=enc.n_vocab,
+    manifest = dict(format=1, dtype=dtype.name, vocab_size=enc.n_vocab,
                     encoding_hash=encoding_hash(enc), tokens={}, documents={}, bytes={}, sha256={})
     for name in ("train", "val"):
-        pieces = [parts / f"{name}.{n}" for n in range(len(chunks))]
-        manifest["documents"][name], manifest["tokens"][name] = join_files(pieces, work / name)
-        manifest["bytes"][name] = text_bytes[name]
+        lengths, sizes = zip(*(encoded[name, n] for n in range(len(chunks))))
+        ends = np.cumsum([0, *itertools.chain(*lengths)])
+        join_files([path(name, n) for n in range(len(chunks))], work / f"{name}.bin")
+        with open(work / f"{name}.idx", "wb") as f:
+            write_ids(f, ends[1:], np.uint64)
+        manifest["documents"][name], manifest["tokens"][name] = len(ends) - 1, int(ends[-1])
+        manifest["bytes"][name] = sum(sizes)
         manifest["sha256"][name] = file_hash(work / f"{name}.bin")
+    with open(work / "train.copies", "wb") as f:
+        for n in range(len(chunks)):
+            write_ids(f, np.bincount(root)[root[order(copies, n)]], np.uint32)
     manifest["sources"] = [
         dict(input=cfg.input[n], weight=weight, epochs=round(float(times[n]), 4), files=len(files),
              documents=int((docs["source"] == n).sum()),
@@ -1654,24 +1634,20 @@ def prepare(cfg, sources, enc, work, rank, group):
              newest=max((k[2] for k in counts if k[:2] == (n, "date")), default=""))
         for n, (weight, files) in enumerate(sources)]
     manifest["knowledge_cutoff"] = max(source["newest"] for source in manifest["sources"])
-    manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k not in ("out", "downloads")}
+    manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k != "out"}
     searched = cfg.clean and "near_duplicate" not in cfg.skip
     manifest["near_duplicates"] = {    # the S-curve: Jaccard similarity -> chance to be found
         str(s): round(s_curve(s, cfg.bands, cfg.rows), 4)
         for s in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9) if searched}
     steps = list(STEPS)[:6 if index else 5 if cfg.clean else 1]
-    manifest["ledger"] = make_ledger(steps, docs, reasons, counts, examples)
-    with open(work / "train.copies", "wb") as f:
-        for n in range(len(chunks)):
-            write_ids(f, np.bincount(root)[root[list(repeated(copies, n))]], np.uint32)
+    manifest["ledger"] = make_ledger(steps, docs, reasons, counts, parts)
     (work / "encoding.json").write_text(json.dumps(encoding_to_dict(enc), indent=1))
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     if index:
         np.savez(work / "eval_index.npz", **{name: index[name] for name in INDEX})    # no dates
     if cfg.dropped:
-        dropped = [(parts / f"{n}.dropped").read_bytes() for n in range(len(chunks))]
-        (work / "dropped.jsonl").write_bytes(b"".join(dropped))
-    shutil.rmtree(parts)
+        join_files([path("dropped", n) for n in range(len(chunks))], work / "dropped.jsonl")
+    shutil.rmtree(work / "parts")
     return manifest
 
 

@@ -2,10 +2,9 @@
 
 In:   files, folders or globs of .txt .md .jsonl .json .html .warc .wet (also .gz .zst), .parquet,
       or a data set to download by its short name (tinystories, fineweb-edu, ...)
-Out:  out/tokens/ with train.bin val.bin (little-endian ids), train.idx val.idx (where documents
-      end, uint64), encoding.json (the tokenizer), manifest.json (counts, hashes, settings, and the
-      ledger: what was dropped and why), train.copies (how often each document was found, uint32)
-      and eval_index.npz (hashes of the evaluation items, for evaluate.py)
+Out:  out/tokens/: train.bin val.bin (little-endian ids), train.idx val.idx (where documents end,
+      uint64), encoding.json (the tokenizer), manifest.json (counts, hashes, settings, the ledger),
+      train.copies (how often each document was found, uint32), eval_index.npz (for evaluate.py)
 
     python prepare.py                                    # the embedded data
     python prepare.py --input corpus/ --vocab_size 8192  # your own files
@@ -15,10 +14,8 @@ Out:  out/tokens/ with train.bin val.bin (little-endian ids), train.idx val.idx 
 Steps: gather, extract, normalise, filter, scrub, deduplicate, decontaminate, split, mix, tokenize.
 Rules made for web pages (Gopher's quality, C4, FineWeb) apply to HTML, WARC, WET and to rows with a
 url, those against repetition and spam not to rows of questions or chats; --web changes that.
-Ranks share the folder of --out. Texts longer than 16 MB are cut at a line end.
-
-What to expect: the embedded data in 3 s, your own at 2 MB/s a core; memory for a chunk of text and
-600 bytes a document; the same bytes from the same input and seed, for any number of ranks.
+Texts longer than 16 MB are cut at a line end. Ranks share the folder of --out; the same input and
+seed give the same bytes for any number of them.
 
 Sources: Gopher (arXiv 2112.11446, app. A), C4 (1910.10683), FineWeb (2406.17557) and datatrove,
 jusText (Pomikalek 2011), MinHash in bands as in Lee et al. (2107.06499), GPT-3's decontamination
@@ -27,6 +24,7 @@ Differs: words are what blanks separate; stop words ignore case; an n-gram repea
 twice; a contaminated document goes whole; languages are told by function words, not by fastText;
 toxic pages by the density of insults, not by one word.
 """
+import array
 import functools
 import glob
 import gzip
@@ -517,7 +515,7 @@ def main_text(page):
     blocks, kinds = html_blocks(page), ""    # a letter for each: good, near good, short, bad
     for tag, text, linked in blocks:
         words = text.lower().split()
-        density = sum(w in ANY_FUNCTION_WORD for w in words) / len(words)
+        density = sum(w in KNOWN_IN for w in words) / len(words)
         if linked > 0.2 * len(text) or re.search(r"©\s?\d", text) or linked and len(text) < 70:
             kinds += "b"
         elif len(text) < 70 and tag != "pre":
@@ -591,11 +589,13 @@ sv och att det som en på är av för med den till inte om ett han men var jag s
 pl i w na się z że nie do to jest o jak po co ale za od tak tego przez już dla był być czy są
 tr ve bir bu da de için ile ne çok daha gibi ama olarak kadar değil ben sen o var yok her olan
 """.splitlines()}
-ANY_FUNCTION_WORD = set().union(*FUNCTION_WORDS.values())
+KNOWN_IN = {}    # function word -> a bit for each language
+for n, words in enumerate(FUNCTION_WORDS.values()):
+    KNOWN_IN.update({word: KNOWN_IN.get(word, 0) | 1 << n for word in words})
 SCRIPTS = dict(zh="\u4e00-\u9fff", ja="\u3040-\u30ff", ko="\uac00-\ud7af", ru="\u0400-\u04ff",
                ar="\u0600-\u06ff", he="\u0590-\u05ff", el="\u0370-\u03ff", hi="\u0900-\u097f",
                th="\u0e00-\u0e7f")
-STOP_WORDS = "the be to of and that have with".split()
+STOP_WORDS = {w: 1 << n for n, w in enumerate("the be to of and that have with".split())}
 INSULTS = """arsehole ass asshole assholes bastard bastards bitch bitches brainless bullshit cretin
 cunt cunts dickhead dimwit dirtbag disgusting dumb dumbass dummy faggot faggots filth filthy fool
 fools fuck fucked fucker fucking garbage hag hate hideous idiot idiotic idiots imbecile jackass jerk
@@ -623,8 +623,7 @@ class Words(dict):
     lower case, numbers as 0, punctuation as blanks, no accents. "Don't" is don t, "--" nothing."""
 
     def __init__(self):
-        self.table, self.match = np.zeros(4096, WORD), np.zeros(4096, "u8")
-        self.used = self.size = 0
+        self.table, self.match, self.size = np.zeros(4096, WORD), array.array("Q"), 0
 
     def __missing__(self, word):
         i, plain = len(self), word.lower().strip(".,;:!?()[]\"“”‘’'")
@@ -636,15 +635,11 @@ class Words(dict):
         found = [hash64(w.encode()) for w in found.split()]
         if i == len(self.table):
             self.table = np.resize(self.table, 2 * i)
-        while self.used + len(found) > len(self.match):
-            self.match = np.resize(self.match, 2 * len(self.match))
-        stop = 1 << STOP_WORDS.index(plain) if plain in STOP_WORDS else 0
-        languages = sum((plain in known) << n for n, known in enumerate(FUNCTION_WORDS.values()))
-        self.table[i] = (hash64(word.encode()), len(word), any(map(str.isalpha, word)),
-                         INSULTS.get(plain, 0), SALES.get(plain, 0), stop, languages,
-                         self.used, len(found))
-        self.match[self.used:self.used + len(found)] = found
-        self.used, self.size = self.used + len(found), self.size + len(word) + 200
+        tables = (word_list.get(plain, 0) for word_list in (INSULTS, SALES, STOP_WORDS, KNOWN_IN))
+        self.table[i] = (hash64(word.encode()), len(word), any(map(str.isalpha, word)), *tables,
+                         len(self.match), len(found))
+        self.match.extend(found)
+        self.size += len(word) + 200
         self[word] = i
         return i
 
@@ -658,11 +653,9 @@ class Words(dict):
 
     def matching(self, rows):
         """The hashes of a text's matching words, in order."""
-        n = rows["matches"]
-        if (n == 1).all():
-            return self.match[rows["first"]]
-        ends = np.cumsum(n)
-        return self.match[np.repeat(rows["first"] - (ends - n), n) + np.arange(ends[-1])]
+        n = rows["matches"].astype(np.int64)
+        at = np.repeat(rows["first"] - (np.cumsum(n) - n), n) + np.arange(n.sum())
+        return np.frombuffer(self.match or bytes(8), np.uint64)[at]
 
 
 def hash64(data):
@@ -753,25 +746,19 @@ def gopher_repetition(doc, cfg):
         count, chars = copied(parts)
         if count > cfg.max_repeated * len(parts) or chars > cfg.max_repeated_chars * size:
             return f"repeated {name}"
-    ends = np.concatenate([[0], np.cumsum(length)])
-    at, grams = np.arange(len(h)), h
+    ends, at, grams = np.cumsum([0, *length]), np.arange(len(h)), h
     limits = dict([*zip((2, 3, 4), cfg.top_ngrams), *zip(range(5, 11), cfg.copied_ngrams)])
-    for n in range(2, 11):    # only where n - 1 words repeat can n words repeat
+    for n in range(2, 11):
         limit = limits.get(n, math.inf) * size
         at = at[:np.searchsorted(at, len(h) - n + 1)]
         grams = grams[:len(at)] * FACTOR + h[at + n - 1]
-        ordered = np.sort(grams)
-        runs = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
-        counts = np.diff(runs)
-        if counts.max(initial=0) < 2:
-            return None
-        values = ordered[runs[:-1][counts > 1]]
-        if n <= 4:
-            top = at[np.isin(grams, ordered[runs[:-1][counts == counts.max()]])]
-            if (ends[top + n] - ends[top] + n - 1).max() * counts.max() > limit:
+        _, which, counts = np.unique(grams, return_inverse=True, return_counts=True)
+        counts = counts[which]
+        if n <= 4 and len(at):
+            top = at[counts == counts.max()]
+            if counts.max() > 1 and (ends[top + n] - ends[top] + n - 1).max() * counts.max() > limit:
                 return f"top {n}-gram"
-        again = values[np.searchsorted(values, grams) % len(values)] == grams
-        at, grams = at[again], grams[again]
+        at, grams = at[counts > 1], grams[counts > 1]    # only these can be longer and repeat
         if n > 4:
             seen, total, end = set(), 0, 0
             for i, gram in zip(at.tolist(), grams.tolist()):    # count a repeat and step over it
@@ -1013,19 +1000,18 @@ INDEX = ("format", "names", "found", "hashes", "lengths", "items")
 
 
 def item_text(row):
-    """(question, right answer) of an evaluation item, or (its text, "")."""
+    """(question or text, right answer or "") of an evaluation item."""
     def said(*names):
         value = next((row[name] for name in names if name in row), "")
         if isinstance(value, list) and value:    # a chat: its last turn; several answers: the first
             value = value[-1]["content"] if isinstance(value[0], dict) else value[0]
         return value if isinstance(value, str) else ""
     question = said("prompt", "question", "query", "context")
-    answer = said("answer", "continuation")
+    if not question:
+        return said("text", "sentence", "sent_more"), ""
     if isinstance(row.get("choices"), list) and isinstance(row.get("gold"), int):
-        answer = row["choices"][row["gold"]]
-    if question:
-        return question, answer.removeprefix("#### ")
-    return said("text", "sentence", "sent_more"), ""
+        return question, row["choices"][row["gold"]]
+    return question, said("answer", "continuation").removeprefix("#### ")
 
 
 def build_index(cfg):
@@ -1069,12 +1055,11 @@ def load_index(path):
     """The eval_index.npz of a tokens folder; evaluate.py reads it too."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            found = int(f["format"])
-            index = {name: f[name] for name in INDEX if found == INDEX_FORMAT}
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as e:
+            index = {name: f[name] for name in f}
+    except (OSError, ValueError, zipfile.BadZipFile) as e:
         fail(f"{path} is not an index of evaluation items ({type(e).__name__})")
-    if found != INDEX_FORMAT:
-        fail(f"{path} is an index of format {found}, not {INDEX_FORMAT}; make it anew")
+    if index.get("format") != INDEX_FORMAT:
+        fail(f"{path} is an index of format {index.get('format')}, not {INDEX_FORMAT}; make it anew")
     return index
 
 
@@ -1350,12 +1335,10 @@ def named_tokenizer(name):
         try:
             enc = tiktoken.get_encoding(name)
         except Exception as e:    # of requests, urllib3, sockets, files: no file and no network
-            folder = os.environ.get("TIKTOKEN_CACHE_DIR", "a folder named by TIKTOKEN_CACHE_DIR")
-            fail(f"--tokenizer gpt2: cannot download it ({type(e).__name__}); put the files "
-                 f"6d1cbeee0f20b3d9449abfede4726ed8212e3aee and "    # sha1 of their addresses
-                 f"6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 of tiktoken's cache into {folder}")
-        finally:
-            socket.setdefaulttimeout(None)
+            folder = os.environ.get("TIKTOKEN_CACHE_DIR", "the folder that TIKTOKEN_CACHE_DIR names")
+            fail(f"--tokenizer gpt2: cannot download it ({type(e).__name__}); put these two files of "
+                 f"tiktoken's cache into {folder}: 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and "
+                 f"6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")    # sha1 of their addresses
         return make_encoding(name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens)
     if not path.exists():
         fail(f"--tokenizer {name}: choose train, bytes, chars, gpt2, a .tiktoken file, a tokens "

@@ -158,7 +158,7 @@ TEXT_FIELDS = ("text", "content", "messages", "conversations", "question answer"
                "prompt response", "prompt chosen", "chosen", "prompt")
 HUB = "https://huggingface.co/datasets/"
 GITHUB = "https://raw.githubusercontent.com/"
-DATASETS = {    # short name: (address, sha256 where known, licence and size); also of sft.py, dpo.py
+DATASETS = {    # short name: (address, sha256 where known, licence and size); also for sft, dpo
     "tinyshakespeare": (
         GITHUB + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", "public domain, 1 MB"),
@@ -210,7 +210,7 @@ def file_kind(path):
 
 
 def plan(sources):
-    """(parts: every (source, file, from byte, to byte); chunks: which parts a rank takes at once)"""
+    """(parts: each (source, file, from byte, to byte); chunks: the parts a rank takes at once)"""
     parts, chunks, size = [], [], CHUNK
     for source, (_, files) in enumerate(sources):
         for path in files:
@@ -268,8 +268,9 @@ def read_part(path, start, end, cfg):
     except (OSError, EOFError, ValueError, zlib.error) as e:
         fail(f"{path}: damaged after {seen} documents ({e}); fetch the file again")
     if len(bad) > 0.01 * seen:
+        what = "line" if file_kind(path) == ".jsonl" else "record"
         fail(f"{path}{f' from byte {start}' if start else ''}: {len(bad)} of {seen} records cannot "
-             f"be read, the first is {'line' if file_kind(path) == '.jsonl' else 'record'} {bad[0]}")
+             f"be read, the first is {what} {bad[0]}")
 
 
 def arrow():
@@ -291,7 +292,7 @@ def decode(data, charset=""):
 
 
 def record_of(text, kind, **origin):
-    """JSON can spell half surrogate pairs, which UTF-8 cannot; they become U+FFFD, as in tiktoken."""
+    """JSON can spell half surrogate pairs, UTF-8 cannot; they become U+FFFD, as in tiktoken."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     broken = text.count("\ufffd")
     return "not UTF-8 text" if broken > 0.1 * len(text) else dict(text=text, kind=kind, **origin)
@@ -590,8 +591,8 @@ pl i w na się z że nie do to jest o jak po co ale za od tak tego przez już dl
 tr ve bir bu da de için ile ne çok daha gibi ama olarak kadar değil ben sen o var yok her olan
 """.splitlines()}
 KNOWN_IN = {}    # function word -> a bit for each language
-for n, words in enumerate(FUNCTION_WORDS.values()):
-    KNOWN_IN.update({word: KNOWN_IN.get(word, 0) | 1 << n for word in words})
+for bit, known in enumerate(FUNCTION_WORDS.values()):
+    KNOWN_IN.update({word: KNOWN_IN.get(word, 0) | 1 << bit for word in known})
 SCRIPTS = dict(zh="\u4e00-\u9fff", ja="\u3040-\u30ff", ko="\uac00-\ud7af", ru="\u0400-\u04ff",
                ar="\u0600-\u06ff", he="\u0590-\u05ff", el="\u0370-\u03ff", hi="\u0900-\u097f",
                th="\u0e00-\u0e7f")
@@ -655,7 +656,7 @@ class Words(dict):
         """The hashes of a text's matching words, in order."""
         n = rows["matches"].astype(np.int64)
         at = np.repeat(rows["first"] - (np.cumsum(n) - n), n) + np.arange(n.sum())
-        return np.frombuffer(self.match or bytes(8), np.uint64)[at]
+        return np.frombuffer(self.match, np.uint64)[at]
 
 
 def hash64(data):
@@ -753,10 +754,12 @@ def gopher_repetition(doc, cfg):
         at = at[:np.searchsorted(at, len(h) - n + 1)]
         grams = grams[:len(at)] * FACTOR + h[at + n - 1]
         _, which, counts = np.unique(grams, return_inverse=True, return_counts=True)
-        counts = counts[which]
-        if n <= 4 and len(at):
-            top = at[counts == counts.max()]
-            if counts.max() > 1 and (ends[top + n] - ends[top] + n - 1).max() * counts.max() > limit:
+        counts, most = counts[which], counts.max(initial=1)
+        if most == 1:
+            return None
+        if n <= 4:
+            top = at[counts == most]
+            if (ends[top + n] - ends[top] + n - 1).max() * most > limit:
                 return f"top {n}-gram"
         at, grams = at[counts > 1], grams[counts > 1]    # only these can be longer and repeat
         if n > 4:
@@ -917,7 +920,7 @@ def minhash(hashes, shingle, functions):
 
 
 def band_keys(signature, rows):
-    """(bands,) uint64: each `rows` hashes of a signature as one number, equal if all of them are."""
+    """(bands,) uint64: each `rows` hashes of a signature as one number."""
     *_, (_, keys) = growing(signature.reshape(-1, rows).T.astype(np.uint64), rows)
     return keys[0]
 
@@ -1059,7 +1062,7 @@ def load_index(path):
     except (OSError, ValueError, zipfile.BadZipFile) as e:
         fail(f"{path} is not an index of evaluation items ({type(e).__name__})")
     if index.get("format") != INDEX_FORMAT:
-        fail(f"{path} is an index of format {index.get('format')}, not {INDEX_FORMAT}; make it anew")
+        fail(f"{path} has format {index.get('format')}, not {INDEX_FORMAT}; make it anew")
     return index
 
 
@@ -1126,7 +1129,7 @@ def clean(text, kind, words, cfg, counts):
 
 
 def clean_chunk(parts, numbers, file, cfg, index, words):
-    """Write all texts of a chunk, the parts of these numbers, to a file, cleaned as far as they came.
+    """Write the texts of a chunk (the parts of these numbers) to a file, cleaned until dropped.
 
     Returns dict(docs (N,) DOC, reasons: why each goes or "", counts, hits (., 2): document and
     evaluation n-gram, bands (N, bands): MinHash keys of the documents that stay)."""
@@ -1217,13 +1220,15 @@ def report(manifest, out, seconds):
     print0(f"\n{'':<38}{'documents':>11}{'bytes':>15}   for example")
     lost, total = Counter(), max(row["documents"] for row in manifest["ledger"])
     for row in manifest["ledger"]:
+        name = row["name"]
         if row["kind"] == "kept":
             line(row["step"], row["documents"], row["bytes"])
+        elif row["kind"] == "changed":
+            line(f"  {name}", row["documents"], 0)
         else:
-            sign, example = -1 if row["kind"] == "dropped" else 1, [*row["examples"], "x: "][0]
-            line("  " + row["name"], sign * row["documents"], sign * row["bytes"],
-                 example.split(": ", 1)[1][:32])
-            lost[row["name"].split(":")[0]] += row["documents"] * (sign < 0)
+            line(f"  {name}", -row["documents"], -row["bytes"],
+                 row["examples"][0].split(": ", 1)[1][:32])
+            lost[name.split(":")[0]] += row["documents"]
     tokens, size = sum(manifest["tokens"].values()), sum(manifest["bytes"].values())
     for part in ("train", "val"):
         line(part, manifest["documents"][part], manifest["bytes"][part],
@@ -1335,8 +1340,8 @@ def named_tokenizer(name):
         try:
             enc = tiktoken.get_encoding(name)
         except Exception as e:    # of requests, urllib3, sockets, files: no file and no network
-            folder = os.environ.get("TIKTOKEN_CACHE_DIR", "the folder that TIKTOKEN_CACHE_DIR names")
-            fail(f"--tokenizer gpt2: cannot download it ({type(e).__name__}); put these two files of "
+            folder = os.environ.get("TIKTOKEN_CACHE_DIR", "a folder named by TIKTOKEN_CACHE_DIR")
+            fail(f"--tokenizer gpt2: cannot download it ({type(e).__name__}); put two files of "
                  f"tiktoken's cache into {folder}: 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and "
                  f"6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")    # sha1 of their addresses
         return make_encoding(name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens)
@@ -1391,15 +1396,14 @@ def write_ids(f, ids, dtype):
 
 
 def encode_texts(enc, texts, path, dtype):
-    """Write the ids of texts to a file. Returns (how many ids each text has, bytes of text)."""
-    lengths, size = [], 0
+    """Write the ids of (number, text) to a file. Returns [(number, ids, bytes of the text)]."""
+    rows = []
     with open(path, "wb") as f:
-        for text in texts:
+        for number, text in texts:
             ids = encode(enc, text)
             write_ids(f, ids, dtype)
-            lengths.append(len(ids))
-            size += len(text.encode())
-    return lengths, size
+            rows.append((number, len(ids), len(text.encode())))
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
 def join_files(files, path):
@@ -1524,17 +1528,13 @@ def prepare(cfg, sources, enc, work, rank, group):
     starts = np.cumsum(size) - size
     starts -= starts[first[chunk_of]]    # in the file of its chunk
 
-    def order(times, n):
-        """The numbers of chunk n's documents, all with times > 0, then all with > 1, ..."""
-        times = times[first[n]:first[n + 1]]
-        return [first[n] + i for k in range(times.max(initial=0)) for i in np.flatnonzero(times > k)]
-
     def texts(times, n):
-        """(number, text) of these documents."""
+        """(number, text) of chunk n's documents, all with times > 0, then all with > 1, ..."""
+        times = times[first[n]:first[n + 1]]
         with open(path("text", n), "rb") as f:
-            for i in order(times, n):
-                f.seek(starts[i])
-                yield i, f.read(size[i]).decode()
+            for i in (i for k in range(times.max(initial=0)) for i in np.flatnonzero(times > k)):
+                f.seek(starts[first[n] + i])
+                yield first[n] + i, f.read(size[first[n] + i]).decode()
 
     # deduplicate, decontaminate
     if cfg.clean:
@@ -1565,27 +1565,29 @@ def prepare(cfg, sources, enc, work, rank, group):
     if not copies.any():
         fail("no text is left for training; see --val_fraction and the weights")
 
-    def train_texts(times, among):
-        return (text[:chars[i]] for n in among for i, text in texts(times, n))
+    def train_texts(times, n):
+        return ((i, text[:chars[i]]) for i, text in texts(times, n))
 
-    def val_texts(among):
-        return (text[chars[i]:] for n in among for i, text in texts(rest, n))
+    def val_texts(n):
+        return ((i, text[chars[i]:]) for i, text in texts(rest, n))
 
     # tokenizer, from the training text as it is mixed
     if cfg.tokenizer == "train":
         share = cfg.tokenizer_bytes / (copies * size).sum()
         sample = docs["key"][:, 0] * FACTOR / 2.0 ** 64 < share
-        pieces = count_pieces(train_texts(copies * sample, mine))
+        pieces = count_pieces(text for n in mine for _, text in train_texts(copies * sample, n))
         enc = trained_tokenizer(sum(gather(pieces, group), Counter()), cfg.vocab_size)
     elif cfg.tokenizer == "chars":
-        letters = set().union(*train_texts(copies, mine), *val_texts(mine))
+        letters = set()
+        for n in mine:
+            letters.update(*(text for _, text in texts(1 * kept, n)))
         enc = chars_tokenizer(set().union(*gather(letters, group)))
 
     # encode: files for each chunk, which rank 0 puts together
     dtype = np.dtype(np.uint16 if enc.n_vocab <= 2 ** 16 else np.uint32)
     encoded = {}
     for n in mine:
-        for name, part in (("train", train_texts(copies, [n])), ("val", val_texts([n]))):
+        for name, part in (("train", train_texts(copies, n)), ("val", val_texts(n))):
             encoded[name, n] = encode_texts(enc, part, path(name, n), dtype)
         if cfg.dropped:
             rows = (dict(document=document_name(docs[i], parts), reason=reasons[i], text=text)
@@ -1597,33 +1599,17 @@ def prepare(cfg, sources, enc, work, rank, group):
     manifest = dict(format=1, dtype=dtype.name, vocab_size=enc.n_vocab,
                     encoding_hash=encoding_hash(enc), tokens={}, documents={}, bytes={}, sha256={})
     for name in ("train", "val"):
-        lengths, sizes = zip(*(encoded[name, n] for n in range(len(chunks))))
-        ends = np.cumsum([0, *itertools.chain(*lengths)])
+        numbers, lengths, sizes = np.concatenate([encoded[name, n] for n in range(len(chunks))]).T
         join_files([path(name, n) for n in range(len(chunks))], work / f"{name}.bin")
         with open(work / f"{name}.idx", "wb") as f:
-            write_ids(f, ends[1:], np.uint64)
-        manifest["documents"][name], manifest["tokens"][name] = len(ends) - 1, int(ends[-1])
-        manifest["bytes"][name] = sum(sizes)
+            write_ids(f, np.cumsum(lengths), np.uint64)
+        if name == "train":
+            with open(work / "train.copies", "wb") as f:
+                write_ids(f, np.bincount(root)[root[numbers]], np.uint32)
+        manifest["documents"][name], manifest["tokens"][name] = len(numbers), int(lengths.sum())
+        manifest["bytes"][name] = int(sizes.sum())
         manifest["sha256"][name] = file_hash(work / f"{name}.bin")
-    with open(work / "train.copies", "wb") as f:
-        for n in range(len(chunks)):
-            write_ids(f, np.bincount(root)[root[order(copies, n)]], np.uint32)
-    manifest["sources"] = [
-        dict(input=cfg.input[n], weight=weight, epochs=round(float(times[n]), 4), files=len(files),
-             documents=int((docs["source"] == n).sum()),
-             bytes=int(docs["read"][docs["source"] == n].sum()),
-             broken_utf8=counts[n, "broken", ""],
-             licences={k[2]: counts[k] for k in sorted(counts, key=str) if k[:2] == (n, "licence")},
-             newest=max((k[2] for k in counts if k[:2] == (n, "date")), default=""))
-        for n, (weight, files) in enumerate(sources)]
-    manifest["knowledge_cutoff"] = max(source["newest"] for source in manifest["sources"])
-    manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k != "out"}
-    searched = cfg.clean and "near_duplicate" not in cfg.skip
-    manifest["near_duplicates"] = {    # the S-curve: Jaccard similarity -> chance to be found
-        str(s): round(s_curve(s, cfg.bands, cfg.rows), 4)
-        for s in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9) if searched}
-    steps = list(STEPS)[:6 if index else 5 if cfg.clean else 1]
-    manifest["ledger"] = make_ledger(steps, docs, reasons, counts, parts)
+    manifest.update(describe(cfg, sources, parts, docs, reasons, counts, times, bool(index)))
     (work / "encoding.json").write_text(json.dumps(encoding_to_dict(enc), indent=1))
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     if index:
@@ -1632,6 +1618,26 @@ def prepare(cfg, sources, enc, work, rank, group):
         join_files([path("dropped", n) for n in range(len(chunks))], work / "dropped.jsonl")
     shutil.rmtree(work / "parts")
     return manifest
+
+
+def describe(cfg, sources, parts, docs, reasons, counts, times, searched):
+    """What the manifest says of the text: where it is from, and what became of it."""
+    of = [docs[docs["source"] == n] for n in range(len(sources))]
+    sources = [
+        dict(input=cfg.input[n], weight=weight, epochs=round(float(times[n]), 4), files=len(files),
+             documents=len(of[n]), bytes=int(of[n]["read"].sum()),
+             broken_utf8=counts[n, "broken", ""],
+             licences={k[2]: counts[k] for k in sorted(counts, key=str) if k[:2] == (n, "licence")},
+             newest=max((k[2] for k in counts if k[:2] == (n, "date")), default=""))
+        for n, (weight, files) in enumerate(sources)]
+    curve = {}    # Jaccard similarity -> chance to be found
+    if cfg.clean and "near_duplicate" not in cfg.skip:
+        curve = {str(s): round(s_curve(s, cfg.bands, cfg.rows), 4)
+                 for s in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)}
+    steps = list(STEPS)[:6 if searched else 5 if cfg.clean else 1]
+    return dict(sources=sources, knowledge_cutoff=max(source["newest"] for source in sources),
+                settings={k: v for k, v in asdict(cfg).items() if k != "out"},
+                near_duplicates=curve, ledger=make_ledger(steps, docs, reasons, counts, parts))
 
 
 if __name__ == "__main__":

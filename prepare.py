@@ -1029,7 +1029,7 @@ def build_index(cfg):
         fail(f"--eval {cfg.eval} does not exist; none compares with nothing")
     if path.suffix == ".npz":
         return load_index(path)
-    words, names, grams, lengths, items = Words(), [], [], [], []
+    words, names, grams = Words(), [], []
     for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
         for number, line in enumerate(file.read_text("utf-8", "replace").split("\n")):
             if not line.strip():
@@ -1042,16 +1042,13 @@ def build_index(cfg):
             h = np.concatenate([question, answer])
             n = min(cfg.eval_words, len(h))
             if n >= (6 if len(answer) else 8):
-                grams.append(dict(growing(h, n))[n][:len(question)])
-                lengths.append(np.full(len(grams[-1]), n))
-                items.append(np.full(len(grams[-1]), len(names)))
+                grams += [(gram, n, len(names)) for gram in dict(growing(h, n))[n][:len(question)]]
             names.append(str(row.get("id", f"{file.name}:{number + 1}")))
     if not grams:
         return None
-    grams, lengths, items = (np.concatenate(x) for x in (grams, lengths, items))
-    order = np.argsort(grams, kind="stable")
-    return dict(format=INDEX_FORMAT, names=np.array(names), hashes=grams[order],
-                lengths=lengths[order], items=items[order])
+    hashes, lengths, items = map(np.array, zip(*sorted(grams)))
+    return dict(format=INDEX_FORMAT, names=np.array(names), hashes=hashes, lengths=lengths,
+                items=items)
 
 
 def load_index(path):

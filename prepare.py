@@ -156,6 +156,8 @@ ROW, TEXT, PAGE = range(3)    # kinds of text: from the fields of a row, plain t
 TEXT_FIELDS = ("text", "content", "messages", "conversations", "question answer",
                "instruction input output", "instruction output", "prompt completion",
                "prompt response", "prompt chosen", "chosen", "prompt")
+SPLITS = (".txt", ".md", ".jsonl")    # what ranks can share a file of
+KINDS = (*SPLITS, ".json", ".html", ".htm", ".warc", ".wet", ".parquet")
 HUB = "https://huggingface.co/datasets/"
 GITHUB = "https://raw.githubusercontent.com/"
 DATASETS = {    # short name: (address, sha256 where known, licence and size); also for sft, dpo
@@ -195,9 +197,9 @@ def find_sources(cfg):
         found = [path] if Path(path).exists() else glob.glob(str(path), recursive=True)
         found = [f for p in map(Path, found) for f in (p.rglob("*") if p.is_dir() else [p])]
         found = sorted(f for f in found if f.is_file() and not f.name.startswith("."))
-        files = [f for f in found if file_kind(f) in READERS]
+        files = [f for f in found if file_kind(f) in KINDS]
         if not files:
-            fail(f"--input {item}: no {' '.join(READERS)} file there (each also as .gz or .zst)")
+            fail(f"--input {item}: no {' '.join(KINDS)} file there (each also as .gz or .zst)")
         if len(files) < len(found):
             print0(f"--input {item}: skipped {len(found) - len(files)} files of unknown format")
         sources.append((weight, files))
@@ -258,7 +260,7 @@ def read_part(path, start, end, cfg):
     try:
         f, size = open_part(path, start, end)
         with f:
-            for number, record in enumerate(READERS[file_kind(path)](f, size, cfg), 1):
+            for number, record in enumerate(read_records(file_kind(path), f, size, cfg), 1):
                 if record is None:
                     continue    # a blank line
                 seen += 1
@@ -271,6 +273,41 @@ def read_part(path, start, end, cfg):
         what = "line" if file_kind(path) == ".jsonl" else "record"
         fail(f"{path}{f' from byte {start}' if start else ''}: {len(bad)} of {seen} records cannot "
              f"be read, the first is {what} {bad[0]}")
+
+
+def read_records(kind, f, size, cfg):
+    """Yield what a file of this kind holds: records, reasons, or None for a blank line."""
+    if kind in (".txt", ".md"):
+        data = f.read(min(size, LARGEST + 1))
+        if len(data) > LARGEST or data[:2] == b"\x1f\x8b":
+            yield "too large unpacked" if len(data) > LARGEST else "gzip inside gzip"
+            return
+        text = decode(data)
+        for block in re.split(r"\n(?:[ \t\r]*\n)+", text) if cfg.blocks else [text]:
+            yield record_of(block, TEXT)
+    elif kind == ".jsonl":
+        while size > 0 and (line := f.readline(LARGEST)):
+            size -= len(line)
+            try:
+                yield row_record(json.loads(decode(line))) if line.strip() else None
+            except (ValueError, RecursionError):
+                yield "not JSON"
+    elif kind == ".json":
+        try:
+            rows = json.loads(decode(f.read(LARGEST)))
+        except (ValueError, RecursionError) as e:
+            yield f"not JSON ({e}); a file with one object a line is named .jsonl"
+            return
+        if isinstance(rows, dict):
+            rows = next((v for v in rows.values() if isinstance(v, list)), [rows])
+        yield from map(row_record, rows if isinstance(rows, list) else [rows])
+    elif kind == ".parquet":
+        for batch in arrow().parquet.ParquetFile(f).iter_batches(1000):
+            yield from map(row_record, batch.to_pylist())
+    elif kind in (".html", ".htm"):
+        yield html_record(f.read(LARGEST))
+    else:
+        yield from read_warc(f)
 
 
 def arrow():
@@ -298,42 +335,6 @@ def record_of(text, kind, **origin):
     return "not UTF-8 text" if broken > 0.1 * len(text) else dict(text=text, kind=kind, **origin)
 
 
-def read_txt(f, size, cfg):
-    data = f.read(min(size, LARGEST + 1))
-    if len(data) > LARGEST or data[:2] == b"\x1f\x8b":
-        yield "too large unpacked" if len(data) > LARGEST else "gzip inside gzip"
-        return
-    text = decode(data)
-    for block in re.split(r"\n(?:[ \t\r]*\n)+", text) if cfg.blocks else [text]:
-        yield record_of(block, TEXT)
-
-
-def read_jsonl(f, size, cfg):
-    while size > 0 and (line := f.readline(LARGEST)):
-        size -= len(line)
-        text = decode(line)
-        try:
-            yield row_record(json.loads(text)) if text.strip() else None
-        except (ValueError, RecursionError):
-            yield "not JSON"
-
-
-def read_json(f, size, cfg):
-    try:
-        rows = json.loads(decode(f.read(LARGEST)))
-    except (ValueError, RecursionError) as e:
-        yield f"not JSON ({e}); a file with one object a line is named .jsonl"
-        return
-    if isinstance(rows, dict):
-        rows = next((v for v in rows.values() if isinstance(v, list)), [rows])
-    yield from map(row_record, rows if isinstance(rows, list) else [rows])
-
-
-def read_parquet(f, size, cfg):
-    for batch in arrow().parquet.ParquetFile(f).iter_batches(1000):
-        yield from map(row_record, batch.to_pylist())
-
-
 def row_record(row):
     """The text of a row: plain text, a question with its answer, or a chat; and its origin."""
     if isinstance(row, str):
@@ -358,17 +359,13 @@ def flatten(value):
     return "\n\n".join(map(flatten, value)) if isinstance(value, list) else str(value)
 
 
-def read_html(f, size, cfg):
-    yield html_record(f.read(LARGEST))
-
-
 def html_record(data, charset="", **origin):
     found = re.search(rb"charset=[\"']?([\w-]{1,40})", data[:2048])
     page = decode(data, charset or (found[1].decode() if found else ""))
     return record_of(main_text(page), PAGE, **origin)
 
 
-def read_warc(f, size, cfg):
+def read_warc(f):
     """WARC 1.x and WET (ISO 28500): web pages, and pages that were already turned into text."""
     for line in iter(lambda: f.readline(1 << 16), b""):
         if not line.startswith(b"WARC/"):
@@ -416,12 +413,6 @@ def http_body(block):
         except zlib.error:
             body = b""
     return body, headers.get("content-type", "").lower()
-
-
-SPLITS = (".txt", ".md", ".jsonl")
-READERS = {".txt": read_txt, ".md": read_txt, ".jsonl": read_jsonl, ".json": read_json,
-           ".html": read_html, ".htm": read_html, ".warc": read_warc, ".wet": read_warc,
-           ".parquet": read_parquet}
 
 
 def download(address, sha256, folder):
@@ -735,8 +726,6 @@ def gopher_quality(doc, cfg):
 def copied(parts):
     """(second and later copies, characters in them)"""
     counts = Counter(parts)
-    if len(counts) == len(parts):
-        return 0, 0
     return len(parts) - len(counts), sum((n - 1) * len(p) for p, n in counts.items())
 
 
@@ -900,6 +889,7 @@ def scrub(text):
 # Deduplicate: texts that are equal, have the same address, or share most of their shingles
 
 
+@functools.cache
 def hash_functions(count):
     """(a, b): (a x + b mod 2^64) >> 32 is a strongly universal hash of 32-bit x."""
     rng = np.random.Generator(np.random.PCG64(20240601))
@@ -907,10 +897,10 @@ def hash_functions(count):
     return a | np.uint64(1), b
 
 
-def minhash(hashes, shingle, functions):
+def minhash(hashes, shingle, count):
     """(count,) uint32 from a text's matching words; two texts agree in a share as their Jaccard."""
     *_, (_, grams) = growing(hashes, min(shingle, len(hashes)))
-    a, b = functions
+    a, b = hash_functions(count)
     low = np.full(len(a), np.iinfo(np.uint64).max)
     for i in range(0, len(grams), 512):    # blocks that stay in the cache
         h = np.multiply.outer(grams[i:i + 512] >> np.uint64(32), a)
@@ -1131,7 +1121,7 @@ def clean_chunk(parts, numbers, file, cfg, index, words):
     Returns dict(docs (N,) DOC, reasons: why each goes or "", counts, hits (., 2): document and
     evaluation n-gram, bands (N, bands): MinHash keys of the documents that stay)."""
     rows, reasons, bands, counts, hits = [], [], [], Counter(), [np.zeros((0, 2), np.uint64)]
-    functions, none = hash_functions(cfg.bands * cfg.rows), np.zeros(cfg.bands, np.uint64)
+    none = np.zeros(cfg.bands, np.uint64)
     with open(file, "wb") as f:
         for part, (at, record) in ((n, x) for n in numbers for x in read_part(*parts[n][1:], cfg)):
             source, unreadable = parts[part][0], record if isinstance(record, str) else ""
@@ -1154,7 +1144,7 @@ def clean_chunk(parts, numbers, file, cfg, index, words):
                     h = words.matching(doc.rows)
                     h = h if len(h) else np.array([hash64(data)], np.uint64)
                     if "near_duplicate" not in cfg.skip:
-                        keys = band_keys(minhash(h, cfg.shingle, functions), cfg.rows)
+                        keys = band_keys(minhash(h, cfg.shingle, cfg.bands * cfg.rows), cfg.rows)
                     if index and len(found := lookup(index, h)):
                         hits.append(np.stack([np.full_like(found, len(rows)), found], axis=1))
                 key = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), "<u8")

@@ -704,10 +704,9 @@ def test_s_curve():
 
 def test_minhash_estimates_jaccard():
     """Signatures agree more or less often than the sets overlap (data.md 15.2)."""
-    functions = prepare.hash_functions(1024)
     one, two = (np.array([prepare.hash64(b"%d" % i) for i in s], np.uint64)
                 for s in ((1, 2, 3), (2, 3, 4)))
-    agree = prepare.minhash(one, 1, functions) == prepare.minhash(two, 1, functions)
+    agree = prepare.minhash(one, 1, 1024) == prepare.minhash(two, 1, 1024)
     assert abs(agree.mean() - 0.5) < 0.07
 
 
@@ -723,12 +722,12 @@ def test_union_in_any_order():
 def test_near_duplicates_are_found_at_the_predicted_rate(similarity):
     """The curve printed is not the curve of the code, or more than one of a pair stays, or none."""
     rng, pairs, n = np.random.default_rng(int(similarity * 100)), 300, 200
-    cfg, functions = Config(skip=["exact_duplicate", "url_duplicate"]), prepare.hash_functions(112)
+    cfg = Config(skip=["exact_duplicate", "url_duplicate"])
     shared = round(2 * n * similarity / (1 + similarity))
     signatures = []
     for _ in range(pairs):
         words = rng.integers(0, 2 ** 64, 2 * n - shared, np.uint64)
-        signatures += [prepare.band_keys(prepare.minhash(w, 1, functions), 8)
+        signatures += [prepare.band_keys(prepare.minhash(w, 1, 112), 8)
                        for w in (words[:n], words[n - shared:])]
     docs, reasons = np.zeros(2 * pairs, prepare.DOC), np.full(2 * pairs, "", object)
     verdict, root = prepare.duplicates(docs, reasons, np.arange(2 * pairs), np.array(signatures),

@@ -1503,11 +1503,9 @@ def prepare(cfg, sources, enc, work, rank, group):
             shown = time.time()
             print0(f"  {n + 1} of {len(chunks)} chunks cleaned")
     bands = [np.zeros((0, cfg.bands), np.uint64), *(chunk.pop("bands") for chunk in mine.values())]
-    every = gathered(mine)
-    every = [every[n] for n in range(len(chunks))]
-    docs, counts = np.concatenate([c["docs"] for c in every]), Counter()
-    for chunk in every:
-        counts.update(chunk["counts"])
+    every = [chunk for _, chunk in sorted(gathered(mine).items())]
+    docs = np.concatenate([c["docs"] for c in every])
+    counts = sum((c["counts"] for c in every), Counter())
     reasons = np.array([reason for c in every for reason in c["reasons"]], object)
     chunk_of = np.repeat(np.arange(len(chunks)), [len(c["docs"]) for c in every])
     first = np.searchsorted(chunk_of, np.arange(len(chunks) + 1))    # each chunk's first document
@@ -1519,9 +1517,10 @@ def prepare(cfg, sources, enc, work, rank, group):
         """(number, text) of chunk n's documents, all with times > 0, then all with > 1, ..."""
         times = times[first[n]:first[n + 1]]
         with open(path("text", n), "rb") as f:
-            for i in (i for k in range(times.max(initial=0)) for i in np.flatnonzero(times > k)):
-                f.seek(starts[first[n] + i])
-                yield first[n] + i, f.read(size[first[n] + i]).decode()
+            for k in range(times.max(initial=0)):
+                for i in first[n] + np.flatnonzero(times > k):
+                    f.seek(starts[i])
+                    yield i, f.read(size[i]).decode()
 
     # deduplicate, decontaminate
     if cfg.clean:
@@ -1567,7 +1566,8 @@ def prepare(cfg, sources, enc, work, rank, group):
     elif cfg.tokenizer == "chars":
         letters = set()
         for n in mine:
-            letters.update(*(text for _, text in texts(1 * kept, n)))
+            for _, text in texts(1 * (copies + rest > 0), n):
+                letters.update(text)
         enc = chars_tokenizer(set().union(*gather(letters, group)))
 
     # encode: files for each chunk, which rank 0 puts together
@@ -1577,9 +1577,10 @@ def prepare(cfg, sources, enc, work, rank, group):
         for name, part in (("train", train_texts(copies, n)), ("val", val_texts(n))):
             encoded[name, n] = encode_texts(enc, part, path(name, n), dtype)
         if cfg.dropped:
-            rows = (dict(document=document_name(docs[i], parts), reason=reasons[i], text=text)
-                    for i, text in texts(1 * ~kept, n))
-            path("dropped", n).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            with open(path("dropped", n), "w") as f:
+                for i, text in texts(1 * ~kept, n):
+                    row = dict(document=document_name(docs[i], parts), reason=reasons[i], text=text)
+                    f.write(json.dumps(row) + "\n")
     encoded = gathered(encoded)
     if rank:
         return None

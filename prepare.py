@@ -1248,7 +1248,7 @@ def train_bpe(counts, size):
     """Byte-level BPE: {bytes: id} of `size` tokens from {piece: how often}.
 
     The most frequent pair of neighbours becomes a token, again and again; ties go to the smallest
-    ids. A word is a str of one character a token, chr(id), so merging is str.split and str.join.
+    ids. A word is a str of one character a token, chr(id), so merging is str.replace.
     A pair is born in the step that mints its newer member and then only gets rarer: a heap entry
     may be too high, never too low, and is put right when it comes up. So all counts are exact."""
     words, weights = [], []
@@ -1270,29 +1270,18 @@ def train_bpe(counts, size):
             continue
         if n > -2:
             break    # no pair occurs twice
-        left, right = pair
-        new = chr(len(tokens))
-        tokens.append(tokens[ord(left)] + tokens[ord(right)])
-        born = set()
+        new, born = chr(len(tokens)), set()
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         for number in where.pop(pair):
-            parts, n = words[number].split(pair), weights[number]
-            words[number] = new.join(parts)
-            for k in range(len(parts) - 1):    # an occurrence stands between parts k and k + 1
-                before, after = parts[k][-1:], parts[k + 1][:1]
-                if before:
-                    pairs[before + left] -= n
-                elif k:
-                    before = new               # two of them touch; their pair is counted here
-                if after:
-                    pairs[right + after] -= n
-                elif k < len(parts) - 2:
-                    pairs[right + left] -= n
-                for fresh in (before and before + new, after and new + after):
-                    if fresh:
-                        pairs[fresh] += n
-                        where[fresh].add(number)
-                        born.add(fresh)
-        del pairs[pair]
+            word, n = words[number], weights[number]
+            for a, b in zip(word, word[1:]):
+                pairs[a + b] -= n
+            words[number] = word = word.replace(pair, new)    # left to right, without overlap
+            for a, b in zip(word, word[1:]):
+                pairs[a + b] += n
+                if new in (a, b):
+                    where[a + b].add(number)
+                    born.add(a + b)
         for pair in born:
             heapq.heappush(heap, (-pairs[pair], pair))
     assert len(set(tokens)) == len(tokens)

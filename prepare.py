@@ -1178,8 +1178,8 @@ def make_ledger(steps, docs, reasons, counts, parts):
     rows, left, dropped = [], np.ones(len(docs), bool), Counter(reasons[reasons != ""])
 
     def add(step, kind, name, documents, size=0, shown=()):
-        examples = [f"{document_name(doc, parts)}: {doc['head'].decode(errors='ignore')}"
-                    for doc in docs[shown]]
+        examples = [f"{document_name(docs[i], parts)}: {docs[i]['head'].decode(errors='ignore')}"
+                    for i in shown]
         rows.append(dict(step=step, kind=kind, name=name, documents=int(documents),
                          bytes=int(size), examples=examples))
 

@@ -859,6 +859,7 @@ def test_planted_defects():
         dropped = {d["document"].removeprefix("raw/"): d["reason"] for d in
                    map(json.loads, open(out / "dropped.jsonl"))}
         text = "\n".join(sum((load(out, part)[0] for part in ("train", "val")), []))
+        ledger = load(out)[1]["ledger"]
     labels = [row for row in map(json.loads, open(data / "labels.jsonl")) if "#" in row["doc"]]
     bad = {row["doc"]: row for row in labels if row["action"] == "drop"}
     copies = {row["of"]: doc for doc, row in bad.items() if "of" in row}
@@ -870,6 +871,8 @@ def test_planted_defects():
     recall = {kind: caught[kind] / kinds[kind] for kind in kinds}
     print(f"recall {recall}, precision {1 - len(wrong) / len(dropped):.3f}, wrongly {wrong[:5]}")
     assert min(recall.values()) >= 0.95 and len(wrong) <= 0.02 * len(dropped)
+    assert all(len(row["examples"]) == min(3, row["documents"]) * (row["kind"] == "dropped")
+               for row in ledger)
     for kind, reasons in {"near_duplicate": ["near_duplicate"],
                           "contamination": ["contaminated"]}.items():
         blamed = [doc for doc in dropped if dropped[doc] in reasons]

@@ -736,7 +736,7 @@ def gopher_repetition(doc, cfg):
         count, chars = copied(parts)
         if count > cfg.max_repeated * len(parts) or chars > cfg.max_repeated_chars * size:
             return f"repeated {name}"
-    ends, at, grams = np.cumsum([0, *length]), np.arange(len(h)), h
+    ends, at, grams = np.append(0, np.cumsum(length)), np.arange(len(h)), h
     limits = dict([*zip((2, 3, 4), cfg.top_ngrams), *zip(range(5, 11), cfg.copied_ngrams)])
     for n in range(2, 11):
         limit = limits.get(n, math.inf) * size

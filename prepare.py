@@ -2,10 +2,9 @@
 
 In:   files, folders or globs of .txt .md .jsonl .json .html .warc .wet (also .gz .zst), .parquet,
       or a data set to download by its short name (tinystories, fineweb-edu, ...)
-Out:  out/tokens/ with train.bin val.bin (little-endian ids), train.idx val.idx (where documents
-      end, uint64), encoding.json (the tokenizer), manifest.json (counts, hashes, settings, and the
-      ledger: what was dropped and why), train.copies (how often each document was found, uint32)
-      and eval_index.npz (hashes of the evaluation items, for evaluate.py)
+Out:  out/tokens/: train.bin val.bin (little-endian ids), train.idx val.idx (where documents end,
+      uint64), encoding.json (the tokenizer), manifest.json (counts, hashes, settings, the ledger),
+      train.copies (how often each document was found, uint32), eval_index.npz (for evaluate.py)
 
     python prepare.py                                    # the embedded data
     python prepare.py --input corpus/ --vocab_size 8192  # your own files
@@ -15,10 +14,8 @@ Out:  out/tokens/ with train.bin val.bin (little-endian ids), train.idx val.idx 
 Steps: gather, extract, normalise, filter, scrub, deduplicate, decontaminate, split, mix, tokenize.
 Rules made for web pages (Gopher's quality, C4, FineWeb) apply to HTML, WARC, WET and to rows with a
 url, those against repetition and spam not to rows of questions or chats; --web changes that.
-Ranks share the folder of --out. Texts longer than 16 MB are cut at a line end.
-
-What to expect: the embedded data in 3 s, your own at 2 MB/s a core; memory for a chunk of text and
-600 bytes a document; the same bytes from the same input and seed, for any number of ranks.
+Texts longer than 16 MB are cut at a line end. Ranks share the folder of --out; the same input and
+seed give the same bytes for any number of them.
 
 Sources: Gopher (arXiv 2112.11446, app. A), C4 (1910.10683), FineWeb (2406.17557) and datatrove,
 jusText (Pomikalek 2011), MinHash in bands as in Lee et al. (2107.06499), GPT-3's decontamination
@@ -27,6 +24,7 @@ Differs: words are what blanks separate; stop words ignore case; an n-gram repea
 twice; a contaminated document goes whole; languages are told by function words, not by fastText;
 toxic pages by the density of insults, not by one word.
 """
+import array
 import functools
 import glob
 import gzip
@@ -34,7 +32,6 @@ import hashlib
 import heapq
 import html
 import http.client
-import importlib
 import io
 import ipaddress
 import itertools
@@ -44,7 +41,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 import unicodedata
 import urllib.parse
@@ -77,7 +73,6 @@ class Config:
     # input and output
     input: list[str] = listed("data/raw/*")  # PATH[:WEIGHT] ...
     out: str = "out/tokens"  # folder to write
-    downloads: str = "out/downloads"  # where data sets fetched by name are kept
     dropped: bool = False  # also write dropped.jsonl: every dropped document with its reason
     blocks: bool = False  # in .txt files blank lines separate documents (else a file is one)
     # tokenizer and split
@@ -156,15 +151,16 @@ def exchange(rows, group):
 # Gather: files -> records {"text": ...}, or the reason (a str) why one cannot be read
 
 LARGEST = 1 << 28    # bytes of a line, page or record; what is longer is a decompression bomb
-PART = 1 << 24       # bytes; longer .txt and .jsonl files are read in parts, longer texts are cut
-CHUNK = 1 << 24      # bytes; a rank's unit of work
+CHUNK = 1 << 24      # bytes, a rank's unit of work; longer text files are read in parts, texts cut
 ROW, TEXT, PAGE = range(3)    # kinds of text: from the fields of a row, plain text, a web page
 TEXT_FIELDS = ("text", "content", "messages", "conversations", "question answer",
                "instruction input output", "instruction output", "prompt completion",
                "prompt response", "prompt chosen", "chosen", "prompt")
+SPLITS = (".txt", ".md", ".jsonl")    # what ranks can share a file of
+KINDS = (*SPLITS, ".json", ".html", ".htm", ".warc", ".wet", ".parquet")
 HUB = "https://huggingface.co/datasets/"
 GITHUB = "https://raw.githubusercontent.com/"
-DATASETS = {    # short name: (address, sha256 where known, licence and size); also of sft.py, dpo.py
+DATASETS = {    # short name: (address, sha256 where known, licence and size); also for sft, dpo
     "tinyshakespeare": (
         GITHUB + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed", "public domain, 1 MB"),
@@ -195,15 +191,15 @@ def find_sources(cfg):
         if not weight:
             fail(f"--input {item}: a weight is above 0")
         if path in DATASETS and not Path(path).exists():
-            path = download(*DATASETS[path][:2], cfg.downloads)
+            path = download(*DATASETS[path][:2], "out/downloads")
         elif item in Config().input and not glob.glob(item):
             path = HERE / item    # a run from another folder finds the embedded data
         found = [path] if Path(path).exists() else glob.glob(str(path), recursive=True)
         found = [f for p in map(Path, found) for f in (p.rglob("*") if p.is_dir() else [p])]
         found = sorted(f for f in found if f.is_file() and not f.name.startswith("."))
-        files = [f for f in found if file_kind(f) in READERS]
+        files = [f for f in found if file_kind(f) in KINDS]
         if not files:
-            fail(f"--input {item}: no {' '.join(READERS)} file there (each also as .gz or .zst)")
+            fail(f"--input {item}: no {' '.join(KINDS)} file there (each also as .gz or .zst)")
         if len(files) < len(found):
             print0(f"--input {item}: skipped {len(found) - len(files)} files of unknown format")
         sources.append((weight, files))
@@ -216,28 +212,30 @@ def file_kind(path):
 
 
 def plan(sources):
-    """Chunks, lists of (source, file, from byte, to byte): the same for any number of ranks."""
-    chunks, size = [[]], 0
+    """(parts: each (source, file, from byte, to byte); chunks: the parts a rank takes at once)"""
+    parts, chunks, size = [], [], CHUNK
     for source, (_, files) in enumerate(sources):
         for path in files:
             length = path.stat().st_size
-            step = PART if path.suffix.lower() in SPLITS else max(1, length)
+            step = CHUNK if path.suffix.lower() in SPLITS else max(1, length)
             for start in range(0, max(1, length), step):
                 if size >= CHUNK:
-                    chunks, size = [*chunks, []], 0
-                chunks[-1].append((source, path, start, min(length, start + PART)))
-                size += min(length - start, PART)
-    return chunks
+                    chunks.append([])
+                    size = 0
+                chunks[-1].append(len(parts))
+                parts.append((source, path, start, start + step))
+                size += min(step, length - start)
+    return parts, chunks
 
 
 def open_part(path, start, end):
     """(file, bytes to read of it): all of a compressed file, else from line start to line start."""
-    f, suffix = open(path, "rb"), path.suffix.lower()
+    suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=f), math.inf
+        return gzip.open(path), math.inf
     if suffix == ".zst":
-        zstd = optional("zstandard").ZstdDecompressor()
-        return io.BufferedReader(zstd.stream_reader(f, read_across_frames=True)), math.inf
+        return io.BufferedReader(arrow().input_stream(path, compression="zstd")), math.inf
+    f = open(path, "rb")
     if suffix not in SPLITS:
         return f, math.inf
     longest = -1 if suffix == ".jsonl" else 1 << 20
@@ -258,32 +256,66 @@ def read_part(path, start, end, cfg):
     """Yield (number, record, or the reason why it cannot be read) of one part of a file.
 
     More than 1 % of the latter is an error, and so is a compressed file that ends early."""
-    seen, bad, first = 0, 0, ""
+    seen, bad = 0, []
     try:
         f, size = open_part(path, start, end)
         with f:
-            for number, record in enumerate(READERS[file_kind(path)](f, size, cfg)):
+            for number, record in enumerate(read_records(file_kind(path), f, size, cfg), 1):
                 if record is None:
                     continue    # a blank line
                 seen += 1
                 if isinstance(record, str):
-                    bad, first = bad + 1, first or f"{number + 1}: {record}"
-                    if bad > 100 and bad > 0.01 * seen:
-                        break
-                yield number, record
-    except (EOFError, ValueError, zlib.error, gzip.BadGzipFile,
-            getattr(sys.modules.get("zstandard"), "ZstdError", EOFError)) as e:
+                    bad.append(f"{number}: {record}")
+                yield number - 1, record
+    except (OSError, EOFError, ValueError, zlib.error) as e:
         fail(f"{path}: damaged after {seen} documents ({e}); fetch the file again")
-    if bad > 0.01 * seen:
-        fail(f"{path}{f' from byte {start}' if start else ''}: {bad} of {seen} records cannot be "
-             f"read, the first is {'line' if file_kind(path) == '.jsonl' else 'record'} {first}")
+    if len(bad) > 0.01 * seen:
+        what = "line" if file_kind(path) == ".jsonl" else "record"
+        fail(f"{path}{f' from byte {start}' if start else ''}: {len(bad)} of {seen} records cannot "
+             f"be read, the first is {what} {bad[0]}")
 
 
-def optional(package):
+def read_records(kind, f, size, cfg):
+    """Yield what a file of this kind holds: records, reasons, or None for a blank line."""
+    if kind in (".txt", ".md"):
+        data = f.read(min(size, LARGEST + 1))
+        if len(data) > LARGEST or data[:2] == b"\x1f\x8b":
+            yield "too large unpacked" if len(data) > LARGEST else "gzip inside gzip"
+            return
+        text = decode(data)
+        for block in re.split(r"\n(?:[ \t\r]*\n)+", text) if cfg.blocks else [text]:
+            yield record_of(block, TEXT)
+    elif kind == ".jsonl":
+        while size > 0 and (line := f.readline(LARGEST)):
+            size -= len(line)
+            try:
+                yield row_record(json.loads(decode(line))) if line.strip() else None
+            except (ValueError, RecursionError):
+                yield "not JSON"
+    elif kind == ".json":
+        try:
+            rows = json.loads(decode(f.read(LARGEST)))
+        except (ValueError, RecursionError) as e:
+            yield f"not JSON ({e}); a file with one object a line is named .jsonl"
+            return
+        if isinstance(rows, dict):
+            rows = next((v for v in rows.values() if isinstance(v, list)), [rows])
+        yield from map(row_record, rows if isinstance(rows, list) else [rows])
+    elif kind == ".parquet":
+        for batch in arrow().parquet.ParquetFile(f).iter_batches(1000):
+            yield from map(row_record, batch.to_pylist())
+    elif kind in (".html", ".htm"):
+        yield html_record(f.read(LARGEST))
+    else:
+        yield from read_warc(f)
+
+
+def arrow():
     try:
-        return importlib.import_module(package)
+        import pyarrow.parquet
     except ImportError:
-        fail(f"this file needs a package: pip install {package.split('.')[0]}")
+        fail(".parquet and .zst files need a package: pip install pyarrow")
+    return pyarrow
 
 
 def decode(data, charset=""):
@@ -297,44 +329,10 @@ def decode(data, charset=""):
 
 
 def record_of(text, kind, **origin):
+    """JSON can spell half surrogate pairs, UTF-8 cannot; they become U+FFFD, as in tiktoken."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     broken = text.count("\ufffd")
     return "not UTF-8 text" if broken > 0.1 * len(text) else dict(text=text, kind=kind, **origin)
-
-
-def read_txt(f, size, cfg):
-    data = f.read(min(size, LARGEST + 1))
-    if len(data) > LARGEST or data[:2] == b"\x1f\x8b":
-        yield "too large unpacked" if len(data) > LARGEST else "gzip inside gzip"
-        return
-    text = decode(data)
-    for block in re.split(r"\n(?:[ \t\r]*\n)+", text) if cfg.blocks else [text]:
-        yield record_of(block, TEXT)
-
-
-def read_jsonl(f, size, cfg):
-    while size > 0 and (line := f.readline(LARGEST)):
-        size -= len(line)
-        text = decode(line)
-        try:
-            yield row_record(json.loads(text)) if text.strip() else None
-        except (ValueError, RecursionError):
-            yield "not JSON"
-
-
-def read_json(f, size, cfg):
-    try:
-        rows = json.loads(decode(f.read(LARGEST)))
-    except (ValueError, RecursionError) as e:
-        yield f"not JSON ({e}); a file with one object a line is named .jsonl"
-        return
-    if isinstance(rows, dict):
-        rows = next((v for v in rows.values() if isinstance(v, list)), [rows])
-    yield from map(row_record, rows if isinstance(rows, list) else [rows])
-
-
-def read_parquet(f, size, cfg):
-    for batch in optional("pyarrow.parquet").ParquetFile(f).iter_batches(1000):
-        yield from map(row_record, batch.to_pylist())
 
 
 def row_record(row):
@@ -361,17 +359,13 @@ def flatten(value):
     return "\n\n".join(map(flatten, value)) if isinstance(value, list) else str(value)
 
 
-def read_html(f, size, cfg):
-    yield html_record(f.read(LARGEST))
-
-
 def html_record(data, charset="", **origin):
     found = re.search(rb"charset=[\"']?([\w-]{1,40})", data[:2048])
     page = decode(data, charset or (found[1].decode() if found else ""))
     return record_of(main_text(page), PAGE, **origin)
 
 
-def read_warc(f, size, cfg):
+def read_warc(f):
     """WARC 1.x and WET (ISO 28500): web pages, and pages that were already turned into text."""
     for line in iter(lambda: f.readline(1 << 16), b""):
         if not line.startswith(b"WARC/"):
@@ -419,12 +413,6 @@ def http_body(block):
         except zlib.error:
             body = b""
     return body, headers.get("content-type", "").lower()
-
-
-SPLITS = (".txt", ".md", ".jsonl")
-READERS = {".txt": read_txt, ".md": read_txt, ".jsonl": read_jsonl, ".json": read_json,
-           ".html": read_html, ".htm": read_html, ".warc": read_warc, ".wet": read_warc,
-           ".parquet": read_parquet}
 
 
 def download(address, sha256, folder):
@@ -519,7 +507,7 @@ def main_text(page):
     blocks, kinds = html_blocks(page), ""    # a letter for each: good, near good, short, bad
     for tag, text, linked in blocks:
         words = text.lower().split()
-        density = sum(w in ANY_FUNCTION_WORD for w in words) / len(words)
+        density = sum(w in KNOWN_IN for w in words) / len(words)
         if linked > 0.2 * len(text) or re.search(r"©\s?\d", text) or linked and len(text) < 70:
             kinds += "b"
         elif len(text) < 70 and tag != "pre":
@@ -569,14 +557,6 @@ def normalise(text):
     return CONTROL.sub("", unicodedata.normalize("NFC", text)).strip()
 
 
-def utf8(text):
-    """UTF-8 bytes; half surrogate pairs (JSON can spell them) become U+FFFD, as in tiktoken."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-
-
 # ------------------------------------------------------------------------------------------------
 # What each distinct word looks like, worked out once and looked up by numpy ever after
 
@@ -601,11 +581,13 @@ sv och att det som en på är av för med den till inte om ett han men var jag s
 pl i w na się z że nie do to jest o jak po co ale za od tak tego przez już dla był być czy są
 tr ve bir bu da de için ile ne çok daha gibi ama olarak kadar değil ben sen o var yok her olan
 """.splitlines()}
-ANY_FUNCTION_WORD = set().union(*FUNCTION_WORDS.values())
+KNOWN_IN = {}    # function word -> a bit for each language
+for bit, known in enumerate(FUNCTION_WORDS.values()):
+    KNOWN_IN.update({word: KNOWN_IN.get(word, 0) | 1 << bit for word in known})
 SCRIPTS = dict(zh="\u4e00-\u9fff", ja="\u3040-\u30ff", ko="\uac00-\ud7af", ru="\u0400-\u04ff",
                ar="\u0600-\u06ff", he="\u0590-\u05ff", el="\u0370-\u03ff", hi="\u0900-\u097f",
                th="\u0e00-\u0e7f")
-STOP_WORDS = "the be to of and that have with".split()
+STOP_WORDS = {w: 1 << n for n, w in enumerate("the be to of and that have with".split())}
 INSULTS = """arsehole ass asshole assholes bastard bastards bitch bitches brainless bullshit cretin
 cunt cunts dickhead dimwit dirtbag disgusting dumb dumbass dummy faggot faggots filth filthy fool
 fools fuck fucked fucker fucking garbage hag hate hideous idiot idiotic idiots imbecile jackass jerk
@@ -633,8 +615,7 @@ class Words(dict):
     lower case, numbers as 0, punctuation as blanks, no accents. "Don't" is don t, "--" nothing."""
 
     def __init__(self):
-        self.table, self.match = np.zeros(4096, WORD), np.zeros(4096, "u8")
-        self.used = self.size = 0
+        self.table, self.match, self.size = np.zeros(4096, WORD), array.array("Q"), 0
 
     def __missing__(self, word):
         i, plain = len(self), word.lower().strip(".,;:!?()[]\"“”‘’'")
@@ -643,18 +624,14 @@ class Words(dict):
             found = unicodedata.normalize("NFD", found)
             found = "".join(c for c in found if unicodedata.category(c) != "Mn")
             found = re.sub(r"([\u3040-\u30ff\u4e00-\u9fff])", r" \1 ", found)
-        found = [hash64(utf8(w)) for w in found.split()]
+        found = [hash64(w.encode()) for w in found.split()]
         if i == len(self.table):
             self.table = np.resize(self.table, 2 * i)
-        while self.used + len(found) > len(self.match):
-            self.match = np.resize(self.match, 2 * len(self.match))
-        stop = 1 << STOP_WORDS.index(plain) if plain in STOP_WORDS else 0
-        languages = sum((plain in known) << n for n, known in enumerate(FUNCTION_WORDS.values()))
-        self.table[i] = (hash64(utf8(word)), len(word), any(map(str.isalpha, word)),
-                         INSULTS.get(plain, 0), SALES.get(plain, 0), stop, languages,
-                         self.used, len(found))
-        self.match[self.used:self.used + len(found)] = found
-        self.used, self.size = self.used + len(found), self.size + len(word) + 200
+        tables = (word_list.get(plain, 0) for word_list in (INSULTS, SALES, STOP_WORDS, KNOWN_IN))
+        self.table[i] = (hash64(word.encode()), len(word), any(map(str.isalpha, word)), *tables,
+                         len(self.match), len(found))
+        self.match.extend(found)
+        self.size += len(word) + 200
         self[word] = i
         return i
 
@@ -668,11 +645,9 @@ class Words(dict):
 
     def matching(self, rows):
         """The hashes of a text's matching words, in order."""
-        n = rows["matches"]
-        if (n == 1).all():
-            return self.match[rows["first"]]
-        ends = np.cumsum(n)
-        return self.match[np.repeat(rows["first"] - (ends - n), n) + np.arange(ends[-1])]
+        n = rows["matches"].astype(np.int64)
+        at = np.repeat(rows["first"] - (np.cumsum(n) - n), n) + np.arange(n.sum())
+        return np.frombuffer(self.match, np.uint64)[at]
 
 
 def hash64(data):
@@ -751,8 +726,6 @@ def gopher_quality(doc, cfg):
 def copied(parts):
     """(second and later copies, characters in them)"""
     counts = Counter(parts)
-    if len(counts) == len(parts):
-        return 0, 0
     return len(parts) - len(counts), sum((n - 1) * len(p) for p, n in counts.items())
 
 
@@ -763,25 +736,21 @@ def gopher_repetition(doc, cfg):
         count, chars = copied(parts)
         if count > cfg.max_repeated * len(parts) or chars > cfg.max_repeated_chars * size:
             return f"repeated {name}"
-    ends = np.concatenate([[0], np.cumsum(length)])
-    at, grams = np.arange(len(h)), h
+    ends, at, grams = np.append(0, np.cumsum(length)), np.arange(len(h)), h
     limits = dict([*zip((2, 3, 4), cfg.top_ngrams), *zip(range(5, 11), cfg.copied_ngrams)])
-    for n in range(2, 11):    # only where n - 1 words repeat can n words repeat
+    for n in range(2, 11):
         limit = limits.get(n, math.inf) * size
         at = at[:np.searchsorted(at, len(h) - n + 1)]
         grams = grams[:len(at)] * FACTOR + h[at + n - 1]
-        ordered = np.sort(grams)
-        runs = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1], [True]]))
-        counts = np.diff(runs)
-        if counts.max(initial=0) < 2:
+        _, which, counts = np.unique(grams, return_inverse=True, return_counts=True)
+        counts, most = counts[which], counts.max(initial=1)
+        if most == 1:
             return None
-        values = ordered[runs[:-1][counts > 1]]
         if n <= 4:
-            top = at[np.isin(grams, ordered[runs[:-1][counts == counts.max()]])]
-            if (ends[top + n] - ends[top] + n - 1).max() * counts.max() > limit:
+            top = at[counts == most]
+            if (ends[top + n] - ends[top] + n - 1).max() * most > limit:
                 return f"top {n}-gram"
-        again = values[np.searchsorted(values, grams) % len(values)] == grams
-        at, grams = at[again], grams[again]
+        at, grams = at[counts > 1], grams[counts > 1]    # only these can be longer and repeat
         if n > 4:
             seen, total, end = set(), 0, 0
             for i, gram in zip(at.tolist(), grams.tolist()):    # count a repeat and step over it
@@ -920,6 +889,7 @@ def scrub(text):
 # Deduplicate: texts that are equal, have the same address, or share most of their shingles
 
 
+@functools.cache
 def hash_functions(count):
     """(a, b): (a x + b mod 2^64) >> 32 is a strongly universal hash of 32-bit x."""
     rng = np.random.Generator(np.random.PCG64(20240601))
@@ -927,16 +897,22 @@ def hash_functions(count):
     return a | np.uint64(1), b
 
 
-def minhash(hashes, shingle, functions):
+def minhash(hashes, shingle, count):
     """(count,) uint32 from a text's matching words; two texts agree in a share as their Jaccard."""
     *_, (_, grams) = growing(hashes, min(shingle, len(hashes)))
-    a, b = functions
+    a, b = hash_functions(count)
     low = np.full(len(a), np.iinfo(np.uint64).max)
     for i in range(0, len(grams), 512):    # blocks that stay in the cache
         h = np.multiply.outer(grams[i:i + 512] >> np.uint64(32), a)
         h += b
         np.minimum(low, h.min(axis=0), out=low)
     return (low >> np.uint64(32)).astype(np.uint32)
+
+
+def band_keys(signature, rows):
+    """(bands,) uint64: each `rows` hashes of a signature as one number."""
+    *_, (_, keys) = growing(signature.reshape(-1, rows).T.astype(np.uint64), rows)
+    return keys[0]
 
 
 def s_curve(similarity, bands, rows):
@@ -982,16 +958,14 @@ def roots(parent):
     return parent
 
 
-def duplicates(docs, reasons, numbers, minhashes, cfg, group):
+def duplicates(docs, reasons, numbers, bands, cfg, group):
     """(reasons, root) of every document: why it goes or "", and which cluster it is in.
 
-    All ranks know docs; minhashes are of this rank's documents, which have these numbers.
+    All ranks know docs; bands (n, bands) are of this rank's documents, which have these numbers.
     One of each cluster stays: of the first source, then the longest, then the first."""
     every, reasons = np.arange(len(docs)), reasons.copy()
     parent = every.copy()
-    for name in DUPLICATES:
-        if name in cfg.skip:
-            continue
+    for name in [name for name in DUPLICATES if name not in cfg.skip]:
         left = every[reasons == ""]
         if name == "exact_duplicate":
             union(parent, same(docs["key"][left], left))
@@ -999,12 +973,9 @@ def duplicates(docs, reasons, numbers, minhashes, cfg, group):
             left = left[docs["url"][left] != 0]
             union(parent, same(docs["url"][left], left))
         else:
-            left = np.flatnonzero(reasons[numbers] == "")
-            for band in range(cfg.bands):    # one at a time: 16 bytes a document
-                columns = minhashes[left, band * cfg.rows:(band + 1) * cfg.rows].T.astype(np.uint64)
-                *_, (_, keys) = growing(columns, cfg.rows)
-                rows = np.column_stack([keys.reshape(-1), numbers[left].astype(np.uint64)])
-                rows = exchange(rows, group)
+            mine = reasons[numbers] == ""
+            for keys in bands[mine].T:    # one at a time: 16 bytes a document
+                rows = exchange(np.column_stack([keys, numbers[mine].astype(np.uint64)]), group)
                 for edges in gather(same(rows[:, 0], rows[:, 1]), group):
                     union(parent, edges)
         root, length = roots(parent), docs["size"] * (name != "exact_duplicate")
@@ -1022,19 +993,18 @@ INDEX = ("format", "names", "found", "hashes", "lengths", "items")
 
 
 def item_text(row):
-    """(question, right answer) of an evaluation item, or (its text, "")."""
+    """(question or text, right answer or "") of an evaluation item."""
     def said(*names):
         value = next((row[name] for name in names if name in row), "")
         if isinstance(value, list) and value:    # a chat: its last turn; several answers: the first
             value = value[-1]["content"] if isinstance(value[0], dict) else value[0]
         return value if isinstance(value, str) else ""
     question = said("prompt", "question", "query", "context")
-    answer = said("answer", "continuation")
+    if not question:
+        return said("text", "sentence", "sent_more"), ""
     if isinstance(row.get("choices"), list) and isinstance(row.get("gold"), int):
-        answer = row["choices"][row["gold"]]
-    if question:
-        return question, answer.removeprefix("#### ")
-    return said("text", "sentence", "sent_more"), ""
+        return question, row["choices"][row["gold"]]
+    return question, said("answer", "continuation").removeprefix("#### ")
 
 
 def build_index(cfg):
@@ -1049,7 +1019,7 @@ def build_index(cfg):
         fail(f"--eval {cfg.eval} does not exist; none compares with nothing")
     if path.suffix == ".npz":
         return load_index(path)
-    words, names, grams, lengths, items = Words(), [], [], [], []
+    words, names, grams = Words(), [], []
     for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
         for number, line in enumerate(file.read_text("utf-8", "replace").split("\n")):
             if not line.strip():
@@ -1062,28 +1032,24 @@ def build_index(cfg):
             h = np.concatenate([question, answer])
             n = min(cfg.eval_words, len(h))
             if n >= (6 if len(answer) else 8):
-                grams.append(dict(growing(h, n))[n][:len(question)])
-                lengths.append(np.full(len(grams[-1]), n))
-                items.append(np.full(len(grams[-1]), len(names)))
+                grams += [(gram, n, len(names)) for gram in dict(growing(h, n))[n][:len(question)]]
             names.append(str(row.get("id", f"{file.name}:{number + 1}")))
     if not grams:
         return None
-    grams, lengths, items = (np.concatenate(x) for x in (grams, lengths, items))
-    order = np.argsort(grams, kind="stable")
-    return dict(format=INDEX_FORMAT, names=np.array(names), hashes=grams[order],
-                lengths=lengths[order], items=items[order])
+    hashes, lengths, items = map(np.array, zip(*sorted(grams)))
+    return dict(format=INDEX_FORMAT, names=np.array(names), hashes=hashes, lengths=lengths,
+                items=items)
 
 
 def load_index(path):
     """The eval_index.npz of a tokens folder; evaluate.py reads it too."""
     try:
         with np.load(path, allow_pickle=False) as f:
-            found = int(f["format"])
-            index = {name: f[name] for name in INDEX if found == INDEX_FORMAT}
-    except (OSError, ValueError, LookupError, zipfile.BadZipFile) as e:
+            index = {name: f[name] for name in f}
+    except (OSError, ValueError, zipfile.BadZipFile) as e:
         fail(f"{path} is not an index of evaluation items ({type(e).__name__})")
-    if found != INDEX_FORMAT:
-        fail(f"{path} is an index of format {found}, not {INDEX_FORMAT}; make it anew")
+    if index.get("format") != INDEX_FORMAT:
+        fail(f"{path} has format {index.get('format')}, not {INDEX_FORMAT}; make it anew")
     return index
 
 
@@ -1119,9 +1085,9 @@ def contaminated(hits, kept, index, common):
 # ------------------------------------------------------------------------------------------------
 # Clean: a chunk of records -> its texts in the working folder, and a row of numbers a document
 
-DOC = np.dtype([("read", "i8"), ("normalised", "i8"), ("filtered", "i8"), ("size", "i8"),    # bytes
-                ("chars", "i8"), ("key", "u8", 2), ("url", "u8"), ("source", "i4"), ("part", "i4"),
-                ("at", "i8")])
+DOC = np.dtype([("read", "i4"), ("normalised", "i4"), ("filtered", "i4"), ("size", "i4"),    # bytes
+                ("chars", "i4"), ("key", "u8", 2), ("url", "u8"), ("source", "i4"), ("part", "i4"),
+                ("at", "i4"), ("head", "S48")])    # where it stood, and how it begins
 NO_KEY = bytes(c for c in range(128) if not chr(c).isalnum())
 
 
@@ -1132,7 +1098,7 @@ def clean(text, kind, words, cfg, counts):
         text, before = repair(text), text
         counts["normalise", "texts with mojibake repaired"] += text != before
     doc = Doc(normalise(text), words)
-    sizes = [len(utf8(doc.text))] * 2
+    sizes = [len(doc.text.encode())] * 2
     if not doc.text:
         return doc, sizes, "empty"
     for rule in RULES:
@@ -1143,61 +1109,53 @@ def clean(text, kind, words, cfg, counts):
             if doc.text != before:
                 counts["filter", "texts with lines cut out by c4"] += 1
                 doc = Doc(doc.text, words)
-                sizes[1] = len(utf8(doc.text))
+                sizes[1] = len(doc.text.encode())
     text, found = (doc.text, {}) if "scrub" in cfg.skip else scrub(doc.text)
     counts.update({("scrub", placeholder): n for placeholder, n in found.items()})
     return Doc(text, words) if found else doc, sizes, ""
 
 
-def clean_chunk(parts, file, cfg, index, words):
-    """Write all texts of a chunk to a file, cleaned as far as they came.
+def clean_chunk(parts, numbers, file, cfg, index, words):
+    """Write the texts of a chunk (the parts of these numbers) to a file, cleaned until dropped.
 
     Returns dict(docs (N,) DOC, reasons: why each goes or "", counts, hits (., 2): document and
-    evaluation n-gram, numbers and minhashes (., bands x rows) of the documents that stay)."""
-    rows, reasons, counts, numbers, minhashes = [], [], Counter(), [], []
-    hits, functions = [np.zeros((0, 2), np.uint64)], hash_functions(cfg.bands * cfg.rows)
-    records = ((source, i, at, record) for i, (source, path, start, end) in enumerate(parts)
-               for at, record in read_part(path, start, end, cfg))
+    evaluation n-gram, bands (N, bands): MinHash keys of the documents that stay)."""
+    rows, reasons, bands, counts, hits = [], [], [], Counter(), [np.zeros((0, 2), np.uint64)]
+    none = np.zeros(cfg.bands, np.uint64)
     with open(file, "wb") as f:
-        for source, i, at, record in records:
-            unreadable = record if isinstance(record, str) else ""
+        for part, (at, record) in ((n, x) for n in numbers for x in read_part(*parts[n][1:], cfg)):
+            source, unreadable = parts[part][0], record if isinstance(record, str) else ""
             record = dict(text="", kind=ROW) if unreadable else record
             url = url_key(record.get("url", ""))
             kind = dict(auto=PAGE if url else record["kind"], all=PAGE, none=ROW)[cfg.web]
             counts[source, "broken", ""] += "\ufffd" in record["text"]
             counts[source, "date", record.get("date", "")[:10]] += 1
             counts[source, "licence", record.get("license", "not stated")] += not unreadable
-            for text in cut_text(record["text"], PART):
-                reason, doc = unreadable or ("" if text.strip() else "empty"), None
-                read = len(utf8(text))
-                sizes = [read, read]
+            for text in cut_text(record["text"], CHUNK):
+                reason = unreadable or ("" if text.strip() else "empty")
+                read = len(text.encode())
+                doc, sizes, keys = None, [read] * 2, none
                 if cfg.clean and not reason:
                     doc, sizes, reason = clean(text, kind, words, cfg, counts)
                     text = doc.text
-                data = key = utf8(text)
+                data = key = text.encode()
                 if doc and not reason:
-                    key = utf8(text.lower()).translate(None, NO_KEY) or data
+                    key = text.lower().encode().translate(None, NO_KEY) or data
                     h = words.matching(doc.rows)
                     h = h if len(h) else np.array([hash64(data)], np.uint64)
                     if "near_duplicate" not in cfg.skip:
-                        numbers.append(len(rows))
-                        minhashes.append(minhash(h, cfg.shingle, functions))
+                        keys = band_keys(minhash(h, cfg.shingle, cfg.bands * cfg.rows), cfg.rows)
                     if index and len(found := lookup(index, h)):
                         hits.append(np.stack([np.full_like(found, len(rows)), found], axis=1))
                 key = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), "<u8")
+                head = " ".join(text[:200].split()).encode()
                 rows.append((read, *sizes, len(data), len(text), key,
-                             hash64(utf8(url)) if url else 0, source, i, at))
+                             hash64(url.encode()) if url else 0, source, part, at, head[:48]))
                 reasons.append(reason)
+                bands.append(keys)
                 f.write(data)
     return dict(docs=np.array(rows, DOC), reasons=reasons, counts=counts,
-                hits=np.concatenate(hits), numbers=np.array(numbers, np.int64),
-                minhashes=np.array(minhashes, np.uint32).reshape(-1, cfg.bands * cfg.rows))
-
-
-def document_name(part, at):
-    """pages/007.html#0, raw/corpus.jsonl@16777216#12: file, first byte of the part, record."""
-    _, path, start, _ = part
-    return f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{at}"
+                hits=np.concatenate(hits), bands=np.array(bands).reshape(-1, cfg.bands))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1209,19 +1167,30 @@ STEP_OF = {**dict.fromkeys(DUPLICATES, "deduplicate"), "contaminated": "decontam
            **{rule.__name__: "filter" for rule in RULES}}    # other reasons: read
 
 
-def make_ledger(steps, docs, reasons, counts, examples):
+def document_name(doc, parts):
+    """pages/007.html#0, raw/corpus.jsonl@16777216#12: file, first byte of the part, record."""
+    _, path, start, _ = parts[doc["part"]]
+    return f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{doc['at']}"
+
+
+def make_ledger(steps, docs, reasons, counts, parts):
     """A row for whatever a step changed or dropped, the frequent first, and for what it kept."""
     rows, left, dropped = [], np.ones(len(docs), bool), Counter(reasons[reasons != ""])
 
     def add(step, kind, name, documents, size=0, shown=()):
+        examples = [f"{document_name(docs[i], parts)}: {docs[i]['head'].decode(errors='ignore')}"
+                    for i in shown]
         rows.append(dict(step=step, kind=kind, name=name, documents=int(documents),
-                         bytes=int(size), examples=[examples[i] for i in shown]))
+                         bytes=int(size), examples=examples))
+
+    def frequent(counter):
+        return sorted(counter.items(), key=lambda item: (-item[1], str(item[0])))
 
     for step in steps:
-        for (of, name, *_), n in sorted(counts.items(), key=lambda item: (-item[1], str(item[0]))):
+        for (of, name, *_), n in frequent(counts):
             if of == step and n:
                 add(step, "changed", name, n)
-        for name, n in sorted(dropped.items(), key=lambda item: (-item[1], item[0])):
+        for name, n in frequent(dropped):
             if STEP_OF.get(name.split(":")[0], "read") == step:
                 these = np.flatnonzero(reasons == name)
                 add(step, "dropped", name, n, docs["size"][these].sum(), these[:3])
@@ -1238,13 +1207,15 @@ def report(manifest, out, seconds):
     print0(f"\n{'':<38}{'documents':>11}{'bytes':>15}   for example")
     lost, total = Counter(), max(row["documents"] for row in manifest["ledger"])
     for row in manifest["ledger"]:
+        name = row["name"]
         if row["kind"] == "kept":
             line(row["step"], row["documents"], row["bytes"])
+        elif row["kind"] == "changed":
+            line(f"  {name}", row["documents"], 0)
         else:
-            sign, example = -1 if row["kind"] == "dropped" else 1, [*row["examples"], "x: "][0]
-            line("  " + row["name"], sign * row["documents"], sign * row["bytes"],
-                 example.split(": ", 1)[1][:32])
-            lost[row["name"].split(":")[0]] += row["documents"] * (sign < 0)
+            line(f"  {name}", -row["documents"], -row["bytes"],
+                 row["examples"][0].split(": ", 1)[1][:32])
+            lost[name.split(":")[0]] += row["documents"]
     tokens, size = sum(manifest["tokens"].values()), sum(manifest["bytes"].values())
     for part in ("train", "val"):
         line(part, manifest["documents"][part], manifest["bytes"][part],
@@ -1265,28 +1236,19 @@ def report(manifest, out, seconds):
 
 
 def count_pieces(texts):
-    """{piece of the GPT-4 split: how often}.
-
-    Words with the blanks before them are counted first, and only distinct ones go through the slow
-    pattern: no piece goes on behind a word, save for line ends behind symbols."""
-    pieces, words = Counter(), Counter()
-    for text in itertools.chain(texts, [None]):
-        if text is not None:
-            words.update(regex.findall(r"\s*+\S++(?:(?<=[^\s\p{L}\p{N}])[\r\n]++)?|\s++", text))
-        if text is None or len(words) > 1_000_000:
-            for word, n in words.items():
-                for piece in regex.findall(GPT4_SPLIT, word):
-                    if len(piece) <= 256:    # longer ones are junk that costs time
-                        pieces[piece] += n
-            words.clear()
-    return pieces
+    """{piece of the GPT-4 split: how often}, without the longest: they are junk that costs time."""
+    pieces = Counter()
+    for text in texts:
+        for part in cut_text(text, PIECE):
+            pieces.update(regex.findall(GPT4_SPLIT, part))
+    return Counter({piece: n for piece, n in pieces.items() if len(piece) <= 256})
 
 
 def train_bpe(counts, size):
     """Byte-level BPE: {bytes: id} of `size` tokens from {piece: how often}.
 
     The most frequent pair of neighbours becomes a token, again and again; ties go to the smallest
-    ids. A word is a str of one character a token, chr(id), so merging is str.split and str.join.
+    ids. A word is a str of one character a token, chr(id), so merging is str.replace.
     A pair is born in the step that mints its newer member and then only gets rarer: a heap entry
     may be too high, never too low, and is put right when it comes up. So all counts are exact."""
     words, weights = [], []
@@ -1308,29 +1270,18 @@ def train_bpe(counts, size):
             continue
         if n > -2:
             break    # no pair occurs twice
-        left, right = pair
-        new = chr(len(tokens))
-        tokens.append(tokens[ord(left)] + tokens[ord(right)])
-        born = set()
+        new, born = chr(len(tokens)), set()
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         for number in where.pop(pair):
-            parts, n = words[number].split(pair), weights[number]
-            words[number] = new.join(parts)
-            for k in range(len(parts) - 1):    # an occurrence stands between parts k and k + 1
-                before, after = parts[k][-1:], parts[k + 1][:1]
-                if before:
-                    pairs[before + left] -= n
-                elif k:
-                    before = new               # two of them touch; their pair is counted here
-                if after:
-                    pairs[right + after] -= n
-                elif k < len(parts) - 2:
-                    pairs[right + left] -= n
-                for fresh in (before and before + new, after and new + after):
-                    if fresh:
-                        pairs[fresh] += n
-                        where[fresh].add(number)
-                        born.add(fresh)
-        del pairs[pair]
+            word, n = words[number], weights[number]
+            for a, b in zip(word, word[1:]):
+                pairs[a + b] -= n
+            words[number] = word = word.replace(pair, new)    # left to right, without overlap
+            for a, b in zip(word, word[1:]):
+                pairs[a + b] += n
+                if new in (a, b):
+                    where[a + b].add(number)
+                    born.add(a + b)
         for pair in born:
             heapq.heappush(heap, (-pairs[pair], pair))
     assert len(set(tokens)) == len(tokens)
@@ -1366,11 +1317,9 @@ def named_tokenizer(name):
             enc = tiktoken.get_encoding(name)
         except Exception as e:    # of requests, urllib3, sockets, files: no file and no network
             folder = os.environ.get("TIKTOKEN_CACHE_DIR", "a folder named by TIKTOKEN_CACHE_DIR")
-            fail(f"--tokenizer gpt2: cannot download it ({type(e).__name__}); put the files "
-                 f"6d1cbeee0f20b3d9449abfede4726ed8212e3aee and "    # sha1 of their addresses
-                 f"6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 of tiktoken's cache into {folder}")
-        finally:
-            socket.setdefaulttimeout(None)
+            fail(f"--tokenizer gpt2: cannot download it ({type(e).__name__}); put two files of "
+                 f"tiktoken's cache into {folder}: 6d1cbeee0f20b3d9449abfede4726ed8212e3aee and "
+                 f"6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")    # sha1 of their addresses
         return make_encoding(name, enc._pat_str, enc._mergeable_ranks, enc._special_tokens)
     if not path.exists():
         fail(f"--tokenizer {name}: choose train, bytes, chars, gpt2, a .tiktoken file, a tokens "
@@ -1423,29 +1372,21 @@ def write_ids(f, ids, dtype):
 
 
 def encode_texts(enc, texts, path, dtype):
-    """Write path.bin and path.idx (where documents end in this file). Returns the bytes of text."""
-    ends, size = [0], 0
-    with open(f"{path}.bin", "wb") as ids_file, open(f"{path}.idx", "wb") as ends_file:
-        for text in texts:
+    """Write the ids of (number, text) to a file. Returns [(number, ids, bytes of the text)]."""
+    rows = []
+    with open(path, "wb") as f:
+        for number, text in texts:
             ids = encode(enc, text)
-            write_ids(ids_file, ids, dtype)
-            ends.append(ends[-1] + len(ids))
-            size += len(text.encode())
-        write_ids(ends_file, np.array(ends[1:], np.uint64), np.uint64)
-    return size
+            write_ids(f, ids, dtype)
+            rows.append((number, len(ids), len(text.encode())))
+    return np.array(rows, np.int64).reshape(-1, 3)
 
 
-def join_files(pieces, path):
-    """Put the .bin and .idx files of the pieces together in order. Returns (documents, tokens)."""
-    documents = tokens = 0
-    with open(f"{path}.bin", "wb") as ids_file, open(f"{path}.idx", "wb") as ends_file:
-        for piece in pieces:
-            ends = np.fromfile(f"{piece}.idx", "<u8")
-            write_ids(ends_file, ends + np.uint64(tokens), np.uint64)
-            documents, tokens = documents + len(ends), tokens + int(ends[-1] if len(ends) else 0)
-            with open(f"{piece}.bin", "rb") as f:
-                shutil.copyfileobj(f, ids_file, 1 << 22)
-    return documents, tokens
+def join_files(files, path):
+    with open(path, "wb") as joined:
+        for file in files:
+            with open(file, "rb") as f:
+                shutil.copyfileobj(f, joined, 1 << 22)
 
 
 def file_hash(path):
@@ -1483,24 +1424,27 @@ def epochs(weights, sizes, power):
 # ------------------------------------------------------------------------------------------------
 
 
-def main(cfg):
-    started = time.time()
-    if not 0 <= cfg.val_fraction < 1:
-        fail(f"--val_fraction {cfg.val_fraction}: from 0 to below 1")
-    if not 0 <= cfg.mix_power < math.inf:
-        fail(f"--mix_power {cfg.mix_power}: 0 or above")
-    for name in ("bands", "rows", "shingle", "eval_words"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name} {getattr(cfg, name)}: at least 1")
-    for flag, names, known in (("skip", cfg.skip, ALL_RULES),
-                               ("languages", cfg.languages, [*FUNCTION_WORDS, *SCRIPTS])):
-        for name in names:
-            if name not in known:
-                fail(f"--{flag} {name}: choose from {' '.join(known)}")
+def check(cfg):
+    for name, fine, bounds in (
+            ("val_fraction", 0 <= cfg.val_fraction < 1, "from 0 to below 1"),
+            ("mix_power", 0 <= cfg.mix_power < math.inf, "0 or above"),
+            *((name, getattr(cfg, name) >= 1, "at least 1")
+              for name in ("bands", "rows", "shingle", "eval_words"))):
+        if not fine:
+            fail(f"--{name} {getattr(cfg, name)}: {bounds}")
+    for name, known in (("skip", ALL_RULES), ("languages", [*FUNCTION_WORDS, *SCRIPTS])):
+        for value in getattr(cfg, name):
+            if value not in known:
+                fail(f"--{name} {value}: choose from {' '.join(known)}")
     out = Path(cfg.out)
     foreign = out.is_file() or out.exists() and any(out.iterdir())
     if foreign and not (out / "manifest.json").exists():
         fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
+
+
+def main(cfg):
+    started, out = time.time(), Path(cfg.out)
+    check(cfg)
     enc = None if cfg.tokenizer in ("train", "chars") else named_tokenizer(cfg.tokenizer)
     group, rank = None, 0    # one process, or a stage that calls this on one of its ranks
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -1531,50 +1475,46 @@ def prepare(cfg, sources, enc, work, rank, group):
     """Fill the working folder and return the manifest (on rank 0).
 
     All ranks know 100 bytes of every document; its text stays with the rank that read it."""
+    def path(name, n):
+        return work / "parts" / f"{name}.{n}"    # each chunk has files of its own
+
+    def gathered(mine):
+        return {n: value for theirs in gather(mine, group) for n, value in theirs.items()}
+
     # clean: every rank its chunks
-    parts = work / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
+    path("", 0).parent.mkdir(parents=True, exist_ok=True)
     searched = cfg.clean and "contaminated" not in cfg.skip and cfg.eval != "none"
     index = build_index(cfg) if searched else None
-    chunks, words = plan(sources), Words()
-    mine, started = {}, time.time()
-    shown = started
+    (parts, chunks), words, mine, shown = plan(sources), Words(), {}, time.time()
     for n in range(rank, len(chunks), dist.get_world_size(group) if group else 1):
-        mine[n] = clean_chunk(chunks[n], parts / f"{n}.text", cfg, index, words)
+        mine[n] = clean_chunk(parts, chunks[n], path("text", n), cfg, index, words)
         if time.time() > shown + 10:
             shown = time.time()
-            print0(f"  {n + 1} of {len(chunks)} chunks cleaned, {shown - started:.0f} s")
-    minhashes = [chunk.pop("minhashes") for chunk in mine.values()]    # these stay here
-    every = {n: chunk for theirs in gather(mine, group) for n, chunk in theirs.items()}
-    every = [every[n] for n in range(len(chunks))]
-    docs, counts = np.concatenate([c["docs"] for c in every]), Counter()
-    for chunk in every:
-        counts.update(chunk["counts"])
-    first = np.cumsum([0] + [len(c["docs"]) for c in every])    # each chunk's first document
+            print0(f"  {n + 1} of {len(chunks)} chunks cleaned")
+    bands = [np.zeros((0, cfg.bands), np.uint64), *(chunk.pop("bands") for chunk in mine.values())]
+    every = [chunk for _, chunk in sorted(gathered(mine).items())]
+    docs = np.concatenate([c["docs"] for c in every])
+    counts = sum((c["counts"] for c in every), Counter())
     reasons = np.array([reason for c in every for reason in c["reasons"]], object)
-    size, root = docs["size"], np.arange(len(docs))
+    chunk_of = np.repeat(np.arange(len(chunks)), [len(c["docs"]) for c in every])
+    first = np.searchsorted(chunk_of, np.arange(len(chunks) + 1))    # each chunk's first document
+    size, root = docs["size"].astype(np.int64), np.arange(len(docs))
+    starts = np.cumsum(size) - size
+    starts -= starts[first[chunk_of]]    # in the file of its chunk
 
-    def repeated(times, n):
-        """The numbers of the documents of chunk n, all with times > 0, then all with > 1, ..."""
+    def texts(times, n):
+        """(number, text) of chunk n's documents, all with times > 0, then all with > 1, ..."""
         times = times[first[n]:first[n + 1]]
-        return (first[n] + i for p in range(times.max(initial=0))
-                for i in np.flatnonzero(times > p))
-
-    def texts(times, among):
-        """(number, text) of the documents in some of this rank's chunks, as often as said."""
-        for n in among:
-            with open(parts / f"{n}.text", "rb") as f:
-                starts = np.cumsum(size[first[n]:first[n + 1]]) - size[first[n]:first[n + 1]]
-                for i in repeated(times, n):
-                    f.seek(starts[i - first[n]])
+        with open(path("text", n), "rb") as f:
+            for k in range(times.max(initial=0)):
+                for i in first[n] + np.flatnonzero(times > k):
+                    f.seek(starts[i])
                     yield i, f.read(size[i]).decode()
 
     # deduplicate, decontaminate
     if cfg.clean:
-        numbers = [first[n] + mine[n]["numbers"] for n in mine]
-        numbers = np.concatenate([np.zeros(0, int), *numbers])
-        minhashes = np.concatenate([np.zeros((0, cfg.bands * cfg.rows), np.uint32), *minhashes])
-        reasons, root = duplicates(docs, reasons, numbers, minhashes, cfg, group)
+        numbers = np.flatnonzero(np.isin(chunk_of, [*mine]))
+        reasons, root = duplicates(docs, reasons, numbers, np.concatenate(bands), cfg, group)
     if index:
         hits = [c["hits"] + np.array([first[n], 0], np.uint64) for n, c in enumerate(every)]
         goes, index["found"] = contaminated(np.concatenate(hits), reasons == "", index,
@@ -1585,20 +1525,6 @@ def prepare(cfg, sources, enc, work, rank, group):
         why = ", ".join(f"{n} {name}" for name, n in Counter(reasons).most_common(3)) or "no text"
         fail(f"--input {' '.join(cfg.input)}: nothing is left of {len(docs)} documents ({why}); "
              f"leave rules out with --skip, or all of them with --no-clean")
-
-    # what was dropped: three examples for each reason, and on request all of it
-    shown, examples = np.zeros(len(docs), int), {}
-    for reason in {*reasons[~kept]}:
-        shown[np.flatnonzero(reasons == reason)[:3]] = 1
-    for n in mine:
-        with open(parts / f"{n}.dropped", "w") as f:
-            for i, text in texts(1 * ~kept if cfg.dropped else shown, [n]):
-                name = document_name(chunks[n][docs["part"][i]], docs["at"][i])
-                if shown[i]:
-                    examples[i] = f"{name}: {' '.join(text[:200].split())[:60]}"
-                if cfg.dropped:
-                    f.write(json.dumps(dict(document=name, reason=reasons[i], text=text)) + "\n")
-    examples = {i: text for theirs in gather(examples, group) for i, text in theirs.items()}
 
     # split by duplicate cluster, mix the sources
     cluster_key = docs["key"][:, 0].copy()
@@ -1613,66 +1539,82 @@ def prepare(cfg, sources, enc, work, rank, group):
     copies, rest = copies * (chars > 0), 1 * (kept & (chars < docs["chars"]))
     if not copies.any():
         fail("no text is left for training; see --val_fraction and the weights")
-    share = cfg.tokenizer_bytes / max(1, (copies * size).sum())
-    sample = docs["key"][:, 0] * FACTOR / 2.0 ** 64 < share
 
-    def train_texts(times, among):
-        return (text[:chars[i]] for i, text in texts(times, among))
+    def train_texts(times, n):
+        return ((i, text[:chars[i]]) for i, text in texts(times, n))
 
-    def val_texts(among):
-        return (text[chars[i]:] for i, text in texts(rest, among))
+    def val_texts(n):
+        return ((i, text[chars[i]:]) for i, text in texts(rest, n))
 
     # tokenizer, from the training text as it is mixed
     if cfg.tokenizer == "train":
-        pieces = count_pieces(train_texts(copies * sample, mine))
+        share = cfg.tokenizer_bytes / (copies * size).sum()
+        sample = docs["key"][:, 0] * FACTOR / 2.0 ** 64 < share
+        pieces = count_pieces(text for n in mine for _, text in train_texts(copies * sample, n))
         enc = trained_tokenizer(sum(gather(pieces, group), Counter()), cfg.vocab_size)
     elif cfg.tokenizer == "chars":
-        letters = set().union(*train_texts(copies, mine), *val_texts(mine))
+        letters = set()
+        for n in mine:
+            for _, text in texts(1 * (copies + rest > 0), n):
+                letters.update(text)
         enc = chars_tokenizer(set().union(*gather(letters, group)))
 
     # encode: files for each chunk, which rank 0 puts together
-    dtype, text_bytes = np.uint16 if enc.n_vocab <= 2 ** 16 else np.uint32, Counter()
+    dtype = np.dtype(np.uint16 if enc.n_vocab <= 2 ** 16 else np.uint32)
+    encoded = {}
     for n in mine:
-        for name, part in (("train", train_texts(copies, [n])), ("val", val_texts([n]))):
-            text_bytes[name] += encode_texts(enc, part, parts / f"{name}.{n}", dtype)
-    text_bytes = sum(gather(text_bytes, group), Counter())
+        for name, part in (("train", train_texts(copies, n)), ("val", val_texts(n))):
+            encoded[name, n] = encode_texts(enc, part, path(name, n), dtype)
+        if cfg.dropped:
+            with open(path("dropped", n), "w") as f:
+                for i, text in texts(1 * ~kept, n):
+                    row = dict(document=document_name(docs[i], parts), reason=reasons[i], text=text)
+                    f.write(json.dumps(row) + "\n")
+    encoded = gathered(encoded)
     if rank:
         return None
-    manifest = dict(format=1, dtype=np.dtype(dtype).name, vocab_size=enc.n_vocab,
+    manifest = dict(format=1, dtype=dtype.name, vocab_size=enc.n_vocab,
                     encoding_hash=encoding_hash(enc), tokens={}, documents={}, bytes={}, sha256={})
     for name in ("train", "val"):
-        pieces = [parts / f"{name}.{n}" for n in range(len(chunks))]
-        manifest["documents"][name], manifest["tokens"][name] = join_files(pieces, work / name)
-        manifest["bytes"][name] = text_bytes[name]
+        numbers, lengths, sizes = np.concatenate([encoded[name, n] for n in range(len(chunks))]).T
+        join_files([path(name, n) for n in range(len(chunks))], work / f"{name}.bin")
+        with open(work / f"{name}.idx", "wb") as f:
+            write_ids(f, np.cumsum(lengths), np.uint64)
+        if name == "train":
+            with open(work / "train.copies", "wb") as f:
+                write_ids(f, np.bincount(root)[root[numbers]], np.uint32)
+        manifest["documents"][name], manifest["tokens"][name] = len(numbers), int(lengths.sum())
+        manifest["bytes"][name] = int(sizes.sum())
         manifest["sha256"][name] = file_hash(work / f"{name}.bin")
-    manifest["sources"] = [
-        dict(input=cfg.input[n], weight=weight, epochs=round(float(times[n]), 4), files=len(files),
-             documents=int((docs["source"] == n).sum()),
-             bytes=int(docs["read"][docs["source"] == n].sum()),
-             broken_utf8=counts[n, "broken", ""],
-             licences={k[2]: counts[k] for k in sorted(counts, key=str) if k[:2] == (n, "licence")},
-             newest=max((k[2] for k in counts if k[:2] == (n, "date")), default=""))
-        for n, (weight, files) in enumerate(sources)]
-    manifest["knowledge_cutoff"] = max(source["newest"] for source in manifest["sources"])
-    manifest["settings"] = {k: v for k, v in asdict(cfg).items() if k not in ("out", "downloads")}
-    searched = cfg.clean and "near_duplicate" not in cfg.skip
-    manifest["near_duplicates"] = {    # the S-curve: Jaccard similarity -> chance to be found
-        str(s): round(s_curve(s, cfg.bands, cfg.rows), 4)
-        for s in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9) if searched}
-    steps = list(STEPS)[:6 if index else 5 if cfg.clean else 1]
-    manifest["ledger"] = make_ledger(steps, docs, reasons, counts, examples)
-    with open(work / "train.copies", "wb") as f:
-        for n in range(len(chunks)):
-            write_ids(f, np.bincount(root)[root[list(repeated(copies, n))]], np.uint32)
+    manifest.update(describe(cfg, sources, parts, docs, reasons, counts, times, bool(index)))
     (work / "encoding.json").write_text(json.dumps(encoding_to_dict(enc), indent=1))
     (work / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     if index:
         np.savez(work / "eval_index.npz", **{name: index[name] for name in INDEX})    # no dates
     if cfg.dropped:
-        dropped = [(parts / f"{n}.dropped").read_bytes() for n in range(len(chunks))]
-        (work / "dropped.jsonl").write_bytes(b"".join(dropped))
-    shutil.rmtree(parts)
+        join_files([path("dropped", n) for n in range(len(chunks))], work / "dropped.jsonl")
+    shutil.rmtree(work / "parts")
     return manifest
+
+
+def describe(cfg, sources, parts, docs, reasons, counts, times, searched):
+    """What the manifest says of the text: where it is from, and what became of it."""
+    of = [docs[docs["source"] == n] for n in range(len(sources))]
+    sources = [
+        dict(input=cfg.input[n], weight=weight, epochs=round(float(times[n]), 4), files=len(files),
+             documents=len(of[n]), bytes=int(of[n]["read"].sum()),
+             broken_utf8=counts[n, "broken", ""],
+             licences={k[2]: counts[k] for k in sorted(counts, key=str) if k[:2] == (n, "licence")},
+             newest=max((k[2] for k in counts if k[:2] == (n, "date")), default=""))
+        for n, (weight, files) in enumerate(sources)]
+    curve = {}    # Jaccard similarity -> chance to be found
+    if cfg.clean and "near_duplicate" not in cfg.skip:
+        curve = {str(s): round(s_curve(s, cfg.bands, cfg.rows), 4)
+                 for s in (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)}
+    steps = list(STEPS)[:6 if searched else 5 if cfg.clean else 1]
+    return dict(sources=sources, knowledge_cutoff=max(source["newest"] for source in sources),
+                settings={k: v for k, v in asdict(cfg).items() if k != "out"},
+                near_duplicates=curve, ledger=make_ledger(steps, docs, reasons, counts, parts))
 
 
 if __name__ == "__main__":

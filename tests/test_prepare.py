@@ -1,4 +1,4 @@
-"""Tests of prepare.py. Run: python -m pytest tests/test_prepare.py -q (no network, under half a minute).
+"""Tests of prepare.py. Run: python -m pytest tests/test_prepare.py -q (no network).
 
 Each docstring says what would be wrong with the world if the test failed.
 """
@@ -30,11 +30,15 @@ import prepare
 from model import ENDOFTEXT, GPT4_SPLIT, encoding_from_dict, encoding_hash, make_encoding
 from prepare import Config
 
-NASTY = ["", " ", "   ", "\n", "\n\n  x", "a  b   c", "Hello world  123456!! I'm\n\n  x", "don't WE'LL they'Re",
+NASTY = ["", " ", "   ", "\n", "\n\n  x", "a  b   c", "Hello world  123456!! I'm\n\n  x",
+         "don't WE'LL they'Re",
          "\t\ttabs\r\nand\rreturns \r\n\r\n", "naïve café Ünïcödé", "中文字符没有空格", "日本語 テキスト",
-         "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301 combining", "a\u00a0b\u2003c\u3000d",
-         "\x00\x1c\x1d\x1f\x85", "١٢٣٤٥ ½ Ⅷ", "<|endoftext|><|im_start|>user\n<|im_end|><|pad|>", "a" * 300,
-         "ab" * 300, " " * 300, "\n" * 50 + "x", "x\n" * 50, "!?!?\n\n\nfoo", "https://a.b/c?d=e&f=%20", "\ufffd\ufeff"]
+         "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "e\u0301 combining",
+         "a\u00a0b\u2003c\u3000d",
+         "\x00\x1c\x1d\x1f\x85", "١٢٣٤٥ ½ Ⅷ", "<|endoftext|><|im_start|>user\n<|im_end|><|pad|>",
+         "a" * 300,
+         "ab" * 300, " " * 300, "\n" * 50 + "x", "x\n" * 50, "!?!?\n\n\nfoo",
+         "https://a.b/c?d=e&f=%20", "\ufffd\ufeff"]
 
 
 def run(tmp_path, files, **flags):
@@ -46,7 +50,8 @@ def run(tmp_path, files, **flags):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     folder.mkdir(exist_ok=True)
     out = tmp_path / "tokens"
-    prepare.main(Config(**{**dict(input=[str(folder)], out=str(out), tokenizer="bytes", skip=["language"], web="none", eval="none"), **flags}))
+    prepare.main(Config(**{**dict(input=[str(folder)], out=str(out), tokenizer="bytes",
+                                  skip=["language"], web="none", eval="none"), **flags}))
     return out
 
 
@@ -70,7 +75,8 @@ def lost(manifest):
 def words_of(seed, n):
     """A random document of n words from a language of 2,000 made-up ones."""
     rng = random.Random(seed)
-    return " ".join("".join(rng.choices("aeioubcdfgklmnprst", k=1 + hash_int(rng.randrange(2000)) % 8))
+    return " ".join("".join(rng.choices("aeioubcdfgklmnprst",
+                                        k=1 + hash_int(rng.randrange(2000)) % 8))
                     for _ in range(n))
 
 
@@ -111,12 +117,14 @@ def slow_bpe(counts, size):
 
 
 def slow_encode(ranks, text):
-    """Merge the lowest rank, leftmost first, until nothing merges: no heap, no cache, no tiktoken."""
+    """Merge the lowest rank, leftmost first, until nothing merges: no heap, no cache, no
+    tiktoken."""
     ids = []
     for piece in regex.findall(GPT4_SPLIT, text):
         parts = [bytes([b]) for b in piece.encode()]
         while True:
-            found = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
+            found = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:]))
+                     if a + b in ranks]
             if not found:
                 break
             i = min(found)[1]
@@ -126,10 +134,12 @@ def slow_encode(ranks, text):
 
 
 def test_bpe_of_wikipedia():
-    """The textbook example: aaabdaaabac, ties to the smallest ids, gives aa, ab, aaab (data.md 15.4)."""
+    """The textbook example: aaabdaaabac, ties to the smallest ids, gives aa, ab, aaab (data.md
+    15.4)."""
     ranks = prepare.train_bpe({"aaabdaaabac": 1}, 259)
     assert list(ranks)[256:] == [b"aa", b"ab", b"aaab"]
-    assert make_encoding("t", GPT4_SPLIT, ranks).encode_ordinary("aaabdaaabac") == [258, 100, 258, 97, 99]
+    assert make_encoding("t", GPT4_SPLIT, ranks).encode_ordinary("aaabdaaabac") == [258, 100, 258,
+                                                                                    97, 99]
 
 
 def test_bpe_of_sennrich():
@@ -140,7 +150,8 @@ def test_bpe_of_sennrich():
 
 
 def test_bpe_incremental_equals_recount():
-    """Incremental counts drifted from the true ones: merges would come in another order on some corpus."""
+    """Incremental counts drifted from the true ones: merges would come in another order on some
+    corpus."""
     rng = random.Random(0)
     for trial in range(300):
         alphabet = "ab" if trial % 3 == 0 else "abc" if trial % 3 == 1 else "aé中"
@@ -150,7 +161,8 @@ def test_bpe_incremental_equals_recount():
         ranks, words = slow_bpe(counts, size)
         assert prepare.train_bpe(counts, size) == ranks, counts
         for word in counts:
-            assert tuple(slow_encode(ranks, word)) in words or len(regex.findall(GPT4_SPLIT, word)) > 1
+            assert tuple(slow_encode(ranks, word)) in words or len(regex.findall(GPT4_SPLIT,
+                                                                                 word)) > 1
 
 
 def test_encoding_equals_an_independent_one():
@@ -179,13 +191,16 @@ def test_counting_by_words_is_exact():
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "chars"])
 def test_encode_round_trip_without_control_tokens(name):
-    """Text that spells a control token became one, or a text changed on its way through the tokenizer."""
+    """Text that spells a control token became one, or a text changed on its way through the
+    tokenizer."""
     texts = [t for t in NASTY if t] + ["plain text"] * 3
-    enc = {"bytes": lambda: prepare.named_tokenizer("bytes"), "chars": lambda: prepare.chars_tokenizer(set().union(*texts)),
+    enc = {"bytes": lambda: prepare.named_tokenizer("bytes"),
+           "chars": lambda: prepare.chars_tokenizer(set().union(*texts)),
            "bpe": lambda: prepare.trained_tokenizer(prepare.count_pieces(texts), 270)}[name]()
     for text in texts:
         *ids, stop = prepare.encode(enc, text).tolist()
-        assert not {*ids} & {*enc._special_tokens.values()} and stop == enc._special_tokens[ENDOFTEXT]
+        assert not {*ids} & {*enc._special_tokens.values()}
+        assert stop == enc._special_tokens[ENDOFTEXT]
         assert ids == enc.encode_ordinary(text) and enc.decode(ids) == text
 
 
@@ -200,11 +215,14 @@ def test_long_texts_encode_as_if_whole(monkeypatch):
 
 
 def test_vocabulary_is_what_was_asked_for():
-    """--vocab_size means the final number of ids, control tokens included; asking for too many must say so."""
+    """--vocab_size means the final number of ids, control tokens included; asking for too many must
+    say so."""
     text = words_of(3, 20000)
     assert prepare.trained_tokenizer(prepare.count_pieces([text]), 1024).n_vocab == 1024
-    assert prepare.trained_tokenizer(prepare.count_pieces([text]), 1300).n_vocab == 1344    # a multiple of 64, filled with merges
-    assert "at most" in error(prepare.trained_tokenizer, prepare.count_pieces(["too little text, too little text"]), 1024)
+    assert prepare.trained_tokenizer(prepare.count_pieces([text]),
+                                     1300).n_vocab == 1344    # a multiple of 64, filled with merges
+    assert "at most" in error(prepare.trained_tokenizer,
+                              prepare.count_pieces(["too little text, too little text"]), 1024)
     assert "at least 260" in error(prepare.trained_tokenizer, Counter(), 100)
 
 
@@ -214,7 +232,8 @@ def test_tokenizers_from_files(tmp_path):
     _, _, enc = load(out)
     assert encoding_hash(prepare.named_tokenizer(str(out))) == encoding_hash(enc)
     ranks = tmp_path / "ours.tiktoken"
-    ranks.write_text("".join(f"{base64.b64encode(b).decode()} {i}\n" for b, i in enc._mergeable_ranks.items()))
+    ranks.write_text("".join(f"{base64.b64encode(b).decode()} {i}\n" for b,
+                             i in enc._mergeable_ranks.items()))
     assert encoding_hash(prepare.named_tokenizer(str(ranks))) == encoding_hash(enc)
     ranks.write_text("not a rank file\n")
     assert "damaged" in error(prepare.named_tokenizer, str(ranks))
@@ -248,19 +267,22 @@ def test_writer_refuses_ids_past_the_type(tmp_path):
 
 
 def test_folder_is_complete_and_the_same_twice(tmp_path):
-    """The manifest disagrees with the files, or the same input gives other bytes the second time."""
+    """The manifest disagrees with the files, or the same input gives other bytes the second
+    time."""
     files = {f"{i}.txt": words_of(i, 100) for i in range(100)}
     out = run(tmp_path, files, tokenizer="train", vocab_size=400)
     train, manifest, enc = load(out)
     val, _, _ = load(out, "val")
     assert sorted(train + val) == sorted(files.values()) and 1 <= len(val) <= 15
-    assert manifest["vocab_size"] == enc.n_vocab == 400 and manifest["encoding_hash"] == encoding_hash(enc)
+    assert manifest["vocab_size"] == enc.n_vocab == 400
+    assert manifest["encoding_hash"] == encoding_hash(enc)
     assert manifest["bytes"]["val"] == sum(len(t.encode()) for t in val)
     assert manifest["sha256"]["train"] == prepare.file_hash(out / "train.bin")
     before = {f.name: f.read_bytes() for f in out.iterdir()}
     run(tmp_path, {}, tokenizer="train", vocab_size=400)
     assert before == {f.name: f.read_bytes() for f in out.iterdir()}
-    assert sorted(before) == ["encoding.json", "manifest.json", "train.bin", "train.copies", "train.idx",
+    assert sorted(before) == ["encoding.json", "manifest.json", "train.bin", "train.copies",
+                              "train.idx",
                               "val.bin", "val.idx"]
     assert not list(tmp_path.glob(".*"))
 
@@ -268,10 +290,12 @@ def test_folder_is_complete_and_the_same_twice(tmp_path):
 def test_tail_split_is_by_character(tmp_path):
     """tinyshakespeare's split (first 90 % of the characters train) is not reproduced."""
     text = "".join(random.Random(5).choices("aé中\U0001f600\n", k=1001))
-    out = run(tmp_path, {"a.txt": text}, tokenizer="chars", clean=False, split="tail", val_fraction=0.1)
+    out = run(tmp_path, {"a.txt": text}, tokenizer="chars", clean=False, split="tail",
+              val_fraction=0.1)
     assert load(out)[0] == [text[:900]] and load(out, "val")[0] == [text[900:]]
     assert load(out)[1]["vocab_size"] == 5 + 4
-    out = run(tmp_path, {"a.txt": text[:700], "b.txt": text[700:]}, tokenizer="bytes", clean=False, split="tail",
+    out = run(tmp_path, {"a.txt": text[:700], "b.txt": text[700:]}, tokenizer="bytes", clean=False,
+              split="tail",
               val_fraction=0.1)
     assert load(out)[0] == [text[:700], text[700:900]] and load(out, "val")[0] == [text[900:]]
 
@@ -281,7 +305,8 @@ def test_hash_split_ignores_order(tmp_path):
     texts = [words_of(i, 60) for i in range(300)]
     val = load(run(tmp_path, {f"{i}.txt": t for i, t in enumerate(texts)}), "val")[0]
     (tmp_path / "two").mkdir()
-    again = load(run(tmp_path / "two", {f"x{i}.txt": t for i, t in enumerate(reversed(texts[:200]))}), "val")[0]
+    files = {f"x{i}.txt": t for i, t in enumerate(reversed(texts[:200]))}
+    again = load(run(tmp_path / "two", files), "val")[0]
     assert sorted(again) == sorted(set(val) & set(texts[:200])) and 5 < len(val) < 30
 
 
@@ -308,22 +333,29 @@ def test_exact_duplicates_and_weights(tmp_path):
 
 def test_formats(tmp_path):
     """A file format that users have is not read as they expect."""
-    rows = [{"text": "plain"}, {"content": "from content"}, {"question": "2+2?", "answer": "4\n#### 4"},
-            {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+    rows = [{"text": "plain"}, {"content": "from content"},
+            {"question": "2+2?", "answer": "4\n#### 4"},
+            {"messages": [{"role": "user", "content": "Hi"},
+                          {"role": "assistant", "content": "Hello"}]},
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hey"}]},
-            {"instruction": "Add", "input": "", "output": "3"}, {"text": "half a surrogate \ud800 pair"}]
+            {"instruction": "Add", "input": "", "output": "3"},
+            {"text": "half a surrogate \ud800 pair"}]
     warc = b"".join(gzip.compress(
-        b"WARC/1.0\r\nWARC-Type: %s\r\nwarc-target-uri: http://x.org/%d\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
+        b"WARC/1.0\r\nWARC-Type: %s\r\nwarc-target-uri: http://x.org/%d\r\nContent-Length: %d\r\n"
+        b"\r\n%s\r\n\r\n"
         % (kind, i, len(body), body)) for i, (kind, body) in enumerate([
             (b"warcinfo", b"software: x"), (b"conversion", "hé from WET".encode()),
             (b"response", b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<p>from WARC</p>")]))
     files = {"1.jsonl.gz": gzip.compress("\n".join(map(json.dumps, rows)).encode()),
-             "2.json": json.dumps([{"text": "in a list"}, "bare string"]), "3.txt": "\ufeffwhole\r\nfile\0\n",
-             "4.html": "<html><head><title>t</title></head><body><nav>menu</nav><p>A &amp; B</p><script>x</script>",
+             "2.json": json.dumps([{"text": "in a list"}, "bare string"]),
+             "3.txt": "\ufeffwhole\r\nfile\0\n",
+             "4.html": "<html><head><title>t</title></head><body><nav>menu</nav><p>A &amp; "
+                       "B</p><script>x</script>",
              "5.warc.gz": warc, "sub/6.md": "deep", "7.bin": b"\1\2", ".hidden.txt": "no"}
     texts, _, _ = load(run(tmp_path, files, val_fraction=0))
     assert texts == ["plain", "from content", "2+2?\n4\n#### 4", "User: Hi\n\nAssistant: Hello",
-                     "Human: Hi\n\nGpt: Hey", "Add\n3", "half a surrogate \ufffd pair", "in a list", "bare string",
+                     "Human: Hi\n\nGpt: Hey", "Add\n3", "half a surrogate \ufffd pair", "in a list",
+                     "bare string",
                      "whole\nfile", "A & B", "hé from WET", "from WARC", "deep"]
 
 
@@ -365,7 +397,8 @@ def test_broken_json_lines(tmp_path):
     ({"a.txt": "x"}, {"val_fraction": 1.0}, "val_fraction"),
     ({"a.txt": "short"}, {"tokenizer": "train"}, "at most"),
     ({"a.txt": "x"}, {"bands": 0}, "at least 1"),
-    ({f"{i}.txt": words_of(i, 20) for i in range(9)}, {"val_fraction": 0.9999}, "left for training"),
+    ({f"{i}.txt": words_of(i, 20) for i in range(9)}, {"val_fraction": 0.9999},
+     "left for training"),
     ({"a.txt": "x"}, {"mix_power": float("nan")}, "0 or above"),
     ({"a.json": "[" * 99999}, {}, "not JSON"),
     ({"a.warc": b"WARC/1.0\r\nContent-Length: 99999999999\r\n\r\nx"}, {}, "wrong Content-Length"),
@@ -413,20 +446,25 @@ def test_one_huge_line(tmp_path):
 
 def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     """One bad byte loses a document, or passes without a word."""
-    texts, manifest, _ = load(run(tmp_path, {"a.txt": b"a fine text with one \xff bad byte"}, val_fraction=0))
-    assert texts == ["a fine text with one \ufffd bad byte"] and manifest["sources"][0]["broken_utf8"] == 1
+    texts, manifest, _ = load(run(tmp_path, {"a.txt": b"a fine text with one \xff bad byte"},
+                                  val_fraction=0))
+    assert texts == ["a fine text with one \ufffd bad byte"]
+    assert manifest["sources"][0]["broken_utf8"] == 1
 
 
 # ------------------------------------------------------------------------------------------------
 # Extract, normalise
 
 
-ARTICLE = ("The harbour was quiet in the morning, and the boats lay side by side as they had for years. "
-           "Nobody could say why the old bell began to ring at six, but it was heard on both sides of the bay.")
+ARTICLE = ("The harbour was quiet in the morning, and the boats lay side by side as they had for "
+           "years. "
+           "Nobody could say why the old bell began to ring at six, but it was heard on both "
+           "sides of the bay.")
 PAGE = """<html><head><title>Bells</title><style>p {{}}</style></head><body>
 <nav><ul><li><a href=/>Home</a><li><a href=/b>About us</a></ul></nav>
 <div>Please accept our cookies.</div><h1>The bell</h1><p>{}</p><p>It rang twice.</p>
-<p>{}</p><div class=side><a href=1>Ten hats you will not believe are still on sale this week in town</a></div><script>var x = "<p>not text</p>";</script><!-- <p>nor this</p> -->
+<p>{}</p><div class=side><a href=1>Ten hats you will not believe are still on sale this week in town
+</a></div><script>var x = "<p>not text</p>";</script><!-- <p>nor this</p> -->
 <pre>  keep   this</pre><footer>© 2024 Harbour Post. All rights reserved.</footer></body></html>"""
 
 
@@ -437,7 +475,8 @@ def test_page_becomes_its_article():
 
 
 @pytest.mark.parametrize("page", [
-    "<p>" + ARTICLE, f"<nav><p>{ARTICLE}", f"<table><tr><td>{ARTICLE}<br>", f"<p>{ARTICLE}<!-- open",
+    "<p>" + ARTICLE, f"<nav><p>{ARTICLE}", f"<table><tr><td>{ARTICLE}<br>",
+    f"<p>{ARTICLE}<!-- open",
     f"<P CLASS='a'>{ARTICLE}</P><script>never closed",
     f"<title>Bells<p>{ARTICLE}", f"<a href=x><p>{ARTICLE}</p></a >" + f"<p>{ARTICLE}</p>"])
 def test_page_that_closes_nothing(page):
@@ -445,32 +484,39 @@ def test_page_that_closes_nothing(page):
     assert ARTICLE in prepare.main_text(page)
 
 
-@pytest.mark.parametrize("bait", ["<", "<!--", "<a <a ", "<script>", "<nav>", "</nav>", "<p", "&amp", "<a href='",
-                                  "[", "@a.", "1.", "1-", "a@", "+1 ", "A1B2 ", "....", "\n \n", "Ã©", "AKIA", "::",
+@pytest.mark.parametrize("bait", ["<", "<!--", "<a <a ", "<script>", "<nav>", "</nav>", "<p",
+                                  "&amp", "<a href='",
+                                  "[", "@a.", "1.", "1-", "a@", "+1 ", "A1B2 ", "....", "\n \n",
+                                  "Ã©", "AKIA", "::",
                                   "<p>a", "<title>", "<p>a <a>b", "<pre>"])
 def test_every_pattern_is_linear(bait):
-    """A page made to be slow stops a crawl: 200 kB of one pattern must take no more than seconds."""
+    """A page made to be slow stops a crawl: 200 kB of one pattern must take no more than
+    seconds."""
     text, words, started = bait * (200_000 // len(bait)), prepare.Words(), time.process_time()
     prepare.main_text(text + f"<p>{ARTICLE} {ARTICLE}<p>end</p>")
     doc, *_ = prepare.clean(text + "\n" + text.replace(" ", ""), prepare.PAGE, words,
-                            Config(skip=["language", "gopher_repetition", "gopher_quality"]), Counter())
+                            Config(skip=["language", "gopher_repetition", "gopher_quality"]),
+                            Counter())
     prepare.scrub(doc.text)
     assert time.process_time() - started < 4
 
 
 def test_mojibake_is_repaired_and_nothing_else():
-    """Twice-encoded text stays broken, or correct text in some language is "repaired" into nonsense."""
+    """Twice-encoded text stays broken, or correct text in some language is "repaired" into
+    nonsense."""
     fine = "Zoë’s naïve café – £5, “rösti” à la mode … €3 ß Ünï SÃO PAULO Ã la 中文 Привет ½ Â"
     assert prepare.repair(fine) == fine
     for table in ("cp1252", "latin-1"):
-        broken = "".join(c.encode().decode(table, "ignore") if len(c.encode().decode(table, "ignore"))
+        broken = "".join(c.encode().decode(table, "ignore")
+                         if len(c.encode().decode(table, "ignore"))
                          == len(c.encode()) else c for c in fine[:40])
         assert broken != fine[:40] and prepare.repair(broken) == fine[:40]
 
 
 def test_normalise():
     """Line ends or control characters get into the training text, or quotes and case are folded."""
-    assert prepare.normalise("\ufeffa\r\nb\rc\0d\x1fe\u0301 “Q” ﬁ\tx\x85\n") == "a\nb\ncdeé “Q” ﬁ\tx".replace("eé", "é")
+    dirty = "\ufeffa\r\nb\rc\0d\x1fe\u0301 “Q” ﬁ\tx\x85\n"
+    assert prepare.normalise(dirty) == "a\nb\ncd\u00e9 “Q” ﬁ\tx"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -483,7 +529,8 @@ def judged(rule, text, **settings):
 
 def padded(lines, words=60):
     """These lines in a text that no other rule of Gopher minds."""
-    return "\n".join([*lines, " ".join(f"{w}{i}x" for i in range(words) for w in ["the"] * (i < 1) + ["of"])])
+    return "\n".join([*lines, " ".join(f"{w}{i}x" for i in range(words)
+                                       for w in ["the"] * (i < 1) + ["of"])])
 
 
 def test_gopher_repetition_numbers():
@@ -519,7 +566,8 @@ def test_repeated_ngrams_equal_a_plain_count():
         share = plain(words, n) / len(text)
         for limit, flagged in ((share - 1e-9, share > 0), (share + 1e-9, False)):
             limits = dict(top_ngrams=[], copied_ngrams=[9] * (n - 5) + [limit])
-            assert (judged(prepare.gopher_repetition, text, **limits) == f"repeated {n}-grams") is flagged
+            found = judged(prepare.gopher_repetition, text, **limits)
+            assert (found == f"repeated {n}-grams") is flagged
 
 
 def test_gopher_quality_numbers():
@@ -553,13 +601,15 @@ def test_fineweb_numbers():
     lines = [f"this is line {i} of a page, and it is no short line." for i in range(200)]
     assert judged(rule, "\n".join([*lines, lines[0]])) is None    # 1 / 201 of the characters
     assert judged(rule, "\n".join([*lines, *lines[:5]])) == "characters in copied lines"
-    assert judged(rule, "\n".join(["wordwordwordwordwordwordwordword one."] * 30), max_line_copies=1) == "newlines"
+    assert judged(rule, "\n".join(["wordwordwordwordwordwordwordword one."] * 30),
+                  max_line_copies=1) == "newlines"
 
 
 def test_c4_cuts_lines_then_judges():
     """C4's order is lost: a brace on a line that goes anyway must not condemn the page."""
     good = "This line is a good one.\nSo is this one here too.\nAnd a third line of words."
-    doc = prepare.Doc(good + "\nshort line\nPlease turn on javascript { to go on.\nRead our privacy policy [1] now.",
+    doc = prepare.Doc(good + "\nshort line\nPlease turn on javascript { to go on.\nRead our "
+                             "privacy policy [1] now.",
                       prepare.Words())
     assert prepare.c4(doc, Config()) is None and doc.text == good
     assert judged(prepare.c4, good + "\nhere is some code { of ours.") == "{"
@@ -572,14 +622,21 @@ def test_c4_cuts_lines_then_judges():
 
 
 @pytest.mark.parametrize("reason, text", [
-    (None, "When I came home in the evening there was a letter on the table, and nobody knew who had sent it to us."),
+    (None, "When I came home in the evening there was a letter on the table, and nobody knew who "
+           "had sent it to us."),
     (None, "2 + 2 = 4"), (None, "Short text"),
-    ("language de", "Als ich am Abend nach Hause kam, lag ein Brief auf dem Tisch, und niemand wusste, wer ihn hatte."),
-    ("language fr", "Quand je suis rentré le soir, il y avait une lettre sur la table et on ne sait pas de qui elle est."),
-    ("language es", "Cuando llegué a casa por la noche había una carta en la mesa y no se sabe de quién es la carta."),
-    ("language it", "Quando sono tornato a casa la sera c'era una lettera sul tavolo e non si sa di chi è questa lettera."),
-    ("language nl", "Toen ik thuis kwam lag er een brief op de tafel en niemand van ons weet wie hem heeft geschreven."),
-    ("language ru", "Когда я пришёл домой, на столе лежало письмо, и никто не знал, кто его прислал."),
+    ("language de", "Als ich am Abend nach Hause kam, lag ein Brief auf dem Tisch, und niemand "
+                    "wusste, wer ihn hatte."),
+    ("language fr", "Quand je suis rentré le soir, il y avait une lettre sur la table et on ne "
+                    "sait pas de qui elle est."),
+    ("language es", "Cuando llegué a casa por la noche había una carta en la mesa y no se sabe de "
+                    "quién es la carta."),
+    ("language it", "Quando sono tornato a casa la sera c'era una lettera sul tavolo e non si sa "
+                    "di chi è questa lettera."),
+    ("language nl", "Toen ik thuis kwam lag er een brief op de tafel en niemand van ons weet wie "
+                    "hem heeft geschreven."),
+    ("language ru", "Когда я пришёл домой, на столе лежало письмо, и никто не знал, кто его "
+                    "прислал."),
     ("language zh", "我晚上回家的时候桌子上有一封信没有人知道是谁寄来的"),
     ("language ja", "よる家にかえったら、テーブルのうえに手紙があって、だれからかわからない。"),
     ("no function words", "qxv brt zzk plm wuv xaq grb tnk vvo lpp qqr sst dfg hjk"),
@@ -592,12 +649,16 @@ def test_language(reason, text):
 
 
 def test_toxic_and_spam_look_at_density():
-    """A page about insults, or a story about a shop, is dropped; or a rant and a sales page are not."""
+    """A page about insults, or a story about a shop, is dropped; or a rant and a sales page are
+    not."""
     assert judged(prepare.toxic, "You stupid idiot, shut up, you are a pathetic liar.") == "insults"
-    assert judged(prepare.toxic, "He called me an idiot, a stupid one, and a liar. " + ARTICLE * 4) is None
+    text = "He called me an idiot, a stupid one, and a liar. "
+    assert judged(prepare.toxic, text + ARTICLE * 4) is None
     assert judged(prepare.toxic, "Trash, trash, trash: the trash of the town is trash.") is None
-    assert judged(prepare.spam, "Buy cheap pills online! Best price, free shipping, click to claim a discount.")
-    assert judged(prepare.spam, "She went to the shop to buy bread at a good price. " + ARTICLE) is None
+    assert judged(prepare.spam, "Buy cheap pills online! Best price, free shipping, click to "
+                                "claim a discount.")
+    text = "She went to the shop to buy bread at a good price. "
+    assert judged(prepare.spam, text + ARTICLE) is None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -611,17 +672,23 @@ def test_checks_of_numbers():
 
 
 def test_scrub():
-    """Somebody's data stays in the text, or something harmless goes; or a second run changes more."""
+    """Somebody's data stays in the text, or something harmless goes; or a second run changes
+    more."""
     key = "-----BEGIN RSA PRIVATE KEY-----\nMIIabc+/=\n-----END RSA PRIVATE KEY-----"
-    text = ("mail a.b+c@mail.example.org, call +44 20 7946 0123 or (202) 555-0134 or 202-555-0134, server 8.8.8.8. "
-            "Or 2607:f8b0:4005:805::200e, card 4111 1111 1111 1111, account GB82 WEST 1234 5698 7654 32, 536-22-1234, "
+    text = ("mail a.b+c@mail.example.org, call +44 20 7946 0123 or (202) 555-0134 or "
+            "202-555-0134, server 8.8.8.8. "
+            "Or 2607:f8b0:4005:805::200e, card 4111 1111 1111 1111, account GB82 WEST 1234 5698 "
+            "7654 32, 536-22-1234, "
             f"AKIAIOSFODNN7EXAMPLE {key} end")
     clean, found = prepare.scrub(text)
-    assert clean == ("mail <EMAIL>, call <PHONE> or <PHONE> or <PHONE>, server <IP>. Or <IP>, card <CARD>, "
+    assert clean == ("mail <EMAIL>, call <PHONE> or <PHONE> or <PHONE>, server <IP>. Or <IP>, "
+                     "card <CARD>, "
                      "account <IBAN>, <SSN>, <KEY> <KEY> end")
     assert sum(found.values()) == 11 and prepare.scrub(clean) == (clean, {})
-    fine = ("192.168.1.1 10.0.0.7 1.2.3.4.5 v1.2.3 4111111111111112 2024-01-02 12:30:45 std::vector a::b 3.14159265 "
-            "1,000,000,000 000-12-3456 user@localhost @name 100 200 300 400 2001 2002 2003 fe80::1 #1234567890")
+    fine = ("192.168.1.1 10.0.0.7 1.2.3.4.5 v1.2.3 4111111111111112 2024-01-02 12:30:45 "
+            "std::vector a::b 3.14159265 "
+            "1,000,000,000 000-12-3456 user@localhost @name 100 200 300 400 2001 2002 2003 "
+            "fe80::1 #1234567890")
     assert prepare.scrub(fine) == (fine, {})
 
 
@@ -631,14 +698,15 @@ def test_scrub():
 
 def test_s_curve():
     """The printed chances are not those of the method (data.md 15.1)."""
-    assert round(prepare.s_curve(0.8, 14, 8), 4) == 0.9235 and round((1 / 14) ** (1 / 8), 4) == 0.7190
+    assert round(prepare.s_curve(0.8, 14, 8), 4) == 0.9235
+    assert round((1 / 14) ** (1 / 8), 4) == 0.7190
 
 
 def test_minhash_estimates_jaccard():
     """Signatures agree more or less often than the sets overlap (data.md 15.2)."""
-    functions = prepare.hash_functions(1024)
-    one, two = (np.array([prepare.hash64(b"%d" % i) for i in s], np.uint64) for s in ((1, 2, 3), (2, 3, 4)))
-    agree = prepare.minhash(one, 1, functions) == prepare.minhash(two, 1, functions)
+    one, two = (np.array([prepare.hash64(b"%d" % i) for i in s], np.uint64)
+                for s in ((1, 2, 3), (2, 3, 4)))
+    agree = prepare.minhash(one, 1, 1024) == prepare.minhash(two, 1, 1024)
     assert abs(agree.mean() - 0.5) < 0.07
 
 
@@ -654,24 +722,30 @@ def test_union_in_any_order():
 def test_near_duplicates_are_found_at_the_predicted_rate(similarity):
     """The curve printed is not the curve of the code, or more than one of a pair stays, or none."""
     rng, pairs, n = np.random.default_rng(int(similarity * 100)), 300, 200
-    cfg, functions = Config(skip=["exact_duplicate", "url_duplicate"]), prepare.hash_functions(112)
+    cfg = Config(skip=["exact_duplicate", "url_duplicate"])
     shared = round(2 * n * similarity / (1 + similarity))
     signatures = []
     for _ in range(pairs):
         words = rng.integers(0, 2 ** 64, 2 * n - shared, np.uint64)
-        signatures += [prepare.minhash(w, 1, functions) for w in (words[:n], words[n - shared:])]
+        signatures += [prepare.band_keys(prepare.minhash(w, 1, 112), 8)
+                       for w in (words[:n], words[n - shared:])]
     docs, reasons = np.zeros(2 * pairs, prepare.DOC), np.full(2 * pairs, "", object)
-    verdict, root = prepare.duplicates(docs, reasons, np.arange(2 * pairs), np.array(signatures), cfg, None)
+    verdict, root = prepare.duplicates(docs, reasons, np.arange(2 * pairs), np.array(signatures),
+                                       cfg, None)
     assert (verdict[::2] == "").all()    # of equal length the first stays
-    caught, chance = (verdict[1::2] == "near_duplicate").mean(), prepare.s_curve(shared / (2 * n - shared), 14, 8)
+    caught = (verdict[1::2] == "near_duplicate").mean()
+    chance = prepare.s_curve(shared / (2 * n - shared), 14, 8)
     assert abs(caught - chance) < 4 * (chance * (1 - chance) / pairs) ** 0.5 + 0.005
-    assert (root[1::2] == np.where(verdict[1::2] == "", np.arange(1, 2 * pairs, 2), np.arange(0, 2 * pairs, 2))).all()
+    assert (root[1::2] == np.where(verdict[1::2] == "", np.arange(1, 2 * pairs, 2),
+                                   np.arange(0, 2 * pairs, 2))).all()
 
 
 def test_url_key():
-    """The same page under another spelling of its address counts as another page, or the reverse."""
+    """The same page under another spelling of its address counts as another page, or the
+    reverse."""
     assert len({prepare.url_key(u) for u in (
-        "http://X.org/a/?utm_source=mail&b=1", "https://x.org:443/a?b=1#part", "HTTP://x.ORG:80/a/?b=1")}) == 1
+        "http://X.org/a/?utm_source=mail&b=1", "https://x.org:443/a?b=1#part",
+        "HTTP://x.ORG:80/a/?b=1")}) == 1
     assert prepare.url_key("http://x.org/a?b=1") != prepare.url_key("http://x.org/a?b=2")
     assert prepare.url_key("no address") == prepare.url_key("http://[broken") == ""
 
@@ -679,10 +753,12 @@ def test_url_key():
 def test_duplicates_keep_the_longest_of_the_first_source(tmp_path):
     """The wrong copy stays: the later source's, or the shorter page of an address."""
     long, other = words_of(1, 200), words_of(2, 200)
-    rows = [dict(text=long[:600], url="http://x.org/1"), dict(text=long, url="http://x.org/1?utm_id=7"),
+    rows = [dict(text=long[:600], url="http://x.org/1"),
+            dict(text=long, url="http://x.org/1?utm_id=7"),
             dict(text=other, url="http://x.org/2")]
     files = {"a/1.jsonl": "\n".join(map(json.dumps, rows)), "b/2.txt": other + " more"}
-    out = run(tmp_path, files, val_fraction=0, input=[f"{tmp_path}/raw/a", f"{tmp_path}/raw/b"], dropped=True)
+    out = run(tmp_path, files, val_fraction=0, input=[f"{tmp_path}/raw/a", f"{tmp_path}/raw/b"],
+              dropped=True)
     texts, manifest, _ = load(out)
     assert texts == [long, other] and lost(manifest) == {"url_duplicate": 1, "near_duplicate": 1}
     assert np.fromfile(out / "train.copies", "<u4").tolist() == [2, 2]
@@ -707,26 +783,32 @@ def test_index_of_items(tmp_path):
         index = prepare.build_index(Config(eval=items(tmp_path, *rows)))
         return [] if index is None else index["lengths"].tolist()
     thirteen = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    assert lengths(dict(text=thirteen)) == [13] and lengths(dict(text=thirteen + " fourteen")) == [13, 13]
-    assert lengths(dict(text=thirteen[:-9])) == [12] and lengths(dict(question="What is it?", answer="tea")) == []
+    assert lengths(dict(text=thirteen)) == [13]
+    assert lengths(dict(text=thirteen + " fourteen")) == [13, 13]
+    assert lengths(dict(text=thirteen[:-9])) == [12]
+    assert lengths(dict(question="What is it?", answer="tea")) == []
     assert lengths(dict(question="What does Ada Lovelace drink?", answer="tea")) == [6]
     assert lengths(dict(prompt=[dict(role="user", content=thirteen)], answer=["a"])) == [13, 13]
     assert lengths(dict(query=thirteen, choices=["x", "y z"], gold=1)) == [13] * 3
 
 
 def test_planted_question_is_found_and_reported(tmp_path):
-    """An evaluation question stands in the training text and nobody says so; or a common phrase counts."""
+    """An evaluation question stands in the training text and nobody says so; or a common phrase
+    counts."""
     question = "If 12 gulls eat 3 fish in 4 days how many fish do 24 gulls eat in a week?"
-    rows = [dict(id="sum", question=question, answer="10.5"), dict(id="clean", question=words_of(9, 20), answer="no"),
+    rows = [dict(id="sum", question=question, answer="10.5"),
+            dict(id="clean", question=words_of(9, 20), answer="no"),
             dict(id="phrase", text=words_of(8, 13))]
     files = {f"{i}.txt": words_of(i, 60) + ". " + words_of(8, 13) for i in range(10, 30)}
-    files["leak.txt"] = words_of(1, 60) + " " + question.replace("12", "15").upper() + " " + words_of(2, 60)
+    leak = question.replace("12", "15").upper()
+    files["leak.txt"] = f"{words_of(1, 60)} {leak} {words_of(2, 60)}"
     out = run(tmp_path, files, eval=items(tmp_path, *rows), val_fraction=0)
     texts, manifest, _ = load(out)
     assert len(texts) == 20 and lost(manifest) == {"contaminated": 1}
     index = prepare.load_index(out / "eval_index.npz")
     assert index["names"][index["found"]].tolist() == ["sum"]
-    again = run(tmp_path, {}, eval=str(out / "eval_index.npz"), val_fraction=0)    # an index instead of items
+    # an index instead of items
+    again = run(tmp_path, {}, eval=str(out / "eval_index.npz"), val_fraction=0)
     assert lost(load(again)[1]) == {"contaminated": 1}
 
 
@@ -735,7 +817,8 @@ def test_index_of_another_version(tmp_path):
     np.savez(tmp_path / "old.npz", format=99)
     assert "format 99" in error(run, tmp_path, {"a.txt": ARTICLE}, eval=str(tmp_path / "old.npz"))
     (tmp_path / "old.npz").write_bytes(b"no archive")
-    assert "not an index" in error(run, tmp_path, {"a.txt": ARTICLE}, eval=str(tmp_path / "old.npz"))
+    assert "not an index" in error(run, tmp_path, {"a.txt": ARTICLE},
+                                   eval=str(tmp_path / "old.npz"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -753,7 +836,8 @@ def test_mixing_by_size_to_a_power():
 def test_fractional_weights_and_four_epochs(tmp_path, capsys):
     """A weight of 0.5 does not halve a source, or nobody is warned of the tenth repetition."""
     files = {f"{'ab'[i % 2]}/{i}.txt": words_of(i, 30) for i in range(400)}
-    out = run(tmp_path, files, val_fraction=0, input=[f"{tmp_path}/raw/a:0.5", f"{tmp_path}/raw/b:5"])
+    out = run(tmp_path, files, val_fraction=0, input=[f"{tmp_path}/raw/a:0.5",
+                                                      f"{tmp_path}/raw/b:5"])
     sources = load(out)[1]["sources"]
     texts = Counter(load(out)[0])
     assert set(texts.values()) == {1, 5} and 70 < sum(n == 1 for n in texts.values()) < 130
@@ -765,30 +849,39 @@ def test_fractional_weights_and_four_epochs(tmp_path, capsys):
 
 
 def test_planted_defects():
-    """The cleaning does not earn its name: recall 95 %, precision 98 %, overall and per kind (DESIGN 6)."""
+    """The cleaning does not earn its name: recall 95 %, precision 98 %, overall and per kind
+    (DESIGN 6)."""
     data = ROOT / "data"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tokens"
-        prepare.main(Config(input=[str(data / "raw" / "*")], eval=str(data / "eval"), out=str(out), dropped=True))
+        prepare.main(Config(input=[str(data / "raw" / "*")], eval=str(data / "eval"), out=str(out),
+                            dropped=True))
         dropped = {d["document"].removeprefix("raw/"): d["reason"] for d in
                    map(json.loads, open(out / "dropped.jsonl"))}
         text = "\n".join(sum((load(out, part)[0] for part in ("train", "val")), []))
+        ledger = load(out)[1]["ledger"]
     labels = [row for row in map(json.loads, open(data / "labels.jsonl")) if "#" in row["doc"]]
     bad = {row["doc"]: row for row in labels if row["action"] == "drop"}
     copies = {row["of"]: doc for doc, row in bad.items() if "of" in row}
     caught, kinds = Counter(), Counter(row["kind"] for row in bad.values())
     for doc, row in bad.items():
-        caught[row["kind"]] += doc in dropped or row.get("of") in dropped    # one of a pair, either one
+        # one of a pair, either one
+        caught[row["kind"]] += doc in dropped or row.get("of") in dropped
     wrong = [doc for doc in dropped if doc not in bad and copies.get(doc, doc) in dropped]
     recall = {kind: caught[kind] / kinds[kind] for kind in kinds}
     print(f"recall {recall}, precision {1 - len(wrong) / len(dropped):.3f}, wrongly {wrong[:5]}")
     assert min(recall.values()) >= 0.95 and len(wrong) <= 0.02 * len(dropped)
-    for kind, reasons in {"near_duplicate": ["near_duplicate"], "contamination": ["contaminated"]}.items():
+    assert all(len(row["examples"]) == min(3, row["documents"]) * (row["kind"] == "dropped")
+               for row in ledger)
+    for kind, reasons in {"near_duplicate": ["near_duplicate"],
+                          "contamination": ["contaminated"]}.items():
         blamed = [doc for doc in dropped if dropped[doc] in reasons]
         assert sum(doc in wrong for doc in blamed) <= 0.02 * len(blamed), kind
-    mended = [row for row in labels if row["action"] in ("scrub", "fix") and row["doc"] not in dropped]
+    mended = [row for row in labels if row["action"] in ("scrub", "fix")
+              and row["doc"] not in dropped]
     left = [span for row in mended for span in row["spans"] if span in text]
-    lost_words = [row["fixed"] for row in mended if row["action"] == "fix" and row["fixed"] not in text]
+    lost_words = [row["fixed"] for row in mended if row["action"] == "fix"
+                  and row["fixed"] not in text]
     assert len(left) <= 0.05 * len(mended) and not lost_words, (left[:5], lost_words[:5])
 
 
@@ -796,30 +889,38 @@ def test_ranks_give_the_same_bytes(tmp_path):
     """torchrun changes the data: another number of ranks, another corpus."""
     texts = [words_of(i % 130, 80) + f" {i}" * (i > 130) for i in range(170)]
     for i in range(17):
-        (tmp_path / f"{i}.jsonl").write_text("\n".join(json.dumps(dict(text=t)) for t in texts[i * 10:i * 10 + 10]))
+        (tmp_path / f"{i}.jsonl").write_text("\n".join(json.dumps(dict(text=t))
+                                                       for t in texts[i * 10:i * 10 + 10]))
     (tmp_path / "small_chunks.py").write_text(RANKS)
     evaluation = items(tmp_path, dict(text=words_of(7, 20)))
-    done = subprocess.run([sys.executable, tmp_path / "small_chunks.py", ROOT, tmp_path, evaluation],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, tmp_path / "small_chunks.py", ROOT, tmp_path,
+                           evaluation],
+                          capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    one, two, three = ({f.name: f.read_bytes() for f in (tmp_path / f"tokens{ranks}").iterdir()} for ranks in (1, 2, 3))
-    assert one == two == three and {"contaminated", "near_duplicate"} <= set(lost(load(tmp_path / "tokens3")[1]))
+    one, two, three = ({f.name: f.read_bytes() for f in (tmp_path / f"tokens{ranks}").iterdir()}
+                       for ranks in (1, 2, 3))
+    assert one == two == three
+    assert {"contaminated", "near_duplicate"} <= set(lost(load(tmp_path / "tokens3")[1]))
 
 
 RANKS = """import os, socket, sys, traceback
-sys.path.insert(0, sys.argv[1])
+root, folder, evaluation = sys.argv[1:]
+sys.path.insert(0, root)
 import prepare
-prepare.CHUNK = prepare.PART = 3000
+prepare.CHUNK = 3000
 for world in (1, 2, 3):    # what torchrun does, without importing torch six times
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        port = str(s.getsockname()[1])
+    cfg = prepare.Config(input=[folder + "/*.jsonl"], vocab_size=300, skip=["language"],
+                         dropped=True, eval=evaluation, out=f"{folder}/tokens{world}")
     for rank in range(world):
         if not os.fork():
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=port)
             try:
-                prepare.main(prepare.Config(input=[sys.argv[2] + "/*.jsonl"], vocab_size=300, skip=["language"],
-                                            dropped=True, eval=sys.argv[3], out=f"{sys.argv[2]}/tokens{world}"))
+                prepare.main(cfg)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -831,7 +932,8 @@ for world in (1, 2, 3):    # what torchrun does, without importing torch six tim
 
 def test_warning_when_most_documents_go(tmp_path, capsys):
     """Rules made for web pages empty a small corpus without a word."""
-    files = {"a.jsonl": "\n".join(json.dumps(dict(text=words_of(i, 30), url=f"http://x.org/{i}")) for i in range(9)),
+    files = {"a.jsonl": "\n".join(json.dumps(dict(text=words_of(i, 30), url=f"http://x.org/{i}"))
+                                  for i in range(9)),
              "b.txt": ARTICLE}
     run(tmp_path, files, web="auto")
     shown = capsys.readouterr().out
@@ -848,10 +950,13 @@ def test_bombs_are_bounded(tmp_path, monkeypatch):
     """A few kilobytes that unpack to gigabytes fill the memory."""
     monkeypatch.setattr(prepare, "LARGEST", 1 << 20)
     assert "too large" in error(run, tmp_path, {"a.txt.gz": gzip.compress(bytes(1 << 24))})
-    assert "gzip inside" in error(run, tmp_path / "2", {"a.txt.gz": gzip.compress(gzip.compress(b"x"))})
-    body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + gzip.compress(b"<p>" + bytes(1 << 24))
+    assert "gzip inside" in error(run, tmp_path / "2",
+                                  {"a.txt.gz": gzip.compress(gzip.compress(b"x"))})
+    body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n"
+    body += gzip.compress(b"<p>" + bytes(1 << 24))
     assert len(prepare.http_body(body)[0]) <= 1 << 20
-    assert "not JSON" in error(run, tmp_path / "3", {"a.jsonl.gz": gzip.compress(b'{"text": "' + bytes(1 << 23))})
+    assert "not JSON" in error(run, tmp_path / "3",
+                               {"a.jsonl.gz": gzip.compress(b'{"text": "' + bytes(1 << 23))})
 
 
 def test_http_bodies():
@@ -859,9 +964,11 @@ def test_http_bodies():
     page = "<p>café</p>".encode()
     def body(*headers, data):
         return prepare.http_body(b"\r\n".join([b"HTTP/1.1 200 OK", *headers, b"", data]))
-    chunked = b"4\r\n" + page[:4] + b"\r\n" + b"%x;x=y\r\n" % (len(page) - 4) + page[4:] + b"\r\n0\r\n\r\n"
+    chunked = (b"4\r\n" + page[:4] + b"\r\n%x;x=y\r\n" % (len(page) - 4) + page[4:]
+               + b"\r\n0\r\n\r\n")
     assert body(b"Transfer-Encoding: chunked", data=chunked)[0] == page
-    assert body(b"Content-Encoding: gzip", b"Content-Type: Text/HTML", data=gzip.compress(page)) == (page, "text/html")
+    assert body(b"Content-Encoding: gzip", b"Content-Type: Text/HTML",
+                data=gzip.compress(page)) == (page, "text/html")
     assert body(b"Content-Encoding: deflate", data=zlib.compress(page))[0] == page
     assert body(b"transfer-encoding: chunked", data=page)[0] == page    # joined, the header kept
     assert prepare.html_record("<p>café</p>".encode("latin-1"), "latin-1")["text"] == "café"
@@ -869,28 +976,32 @@ def test_http_bodies():
 
 def test_wrong_content_length(tmp_path):
     """One WARC record that lies about its length loses the rest of the file."""
-    good = [b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n" % (len(t), t)
+    record = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n"
+    good = [record % (len(t), t)
             for t in (words_of(i, 20).encode() for i in range(300))]
-    bad = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: 9\r\n\r\n" + b"x" * 50 + b"\r\n\r\n"
-    texts, manifest, _ = load(run(tmp_path, {"a.wet": b"".join(good[:5] + [bad] + good[5:])}, val_fraction=0))
+    bad = record % (9, b"x" * 50)
+    texts, manifest, _ = load(run(tmp_path, {"a.wet": b"".join(good[:5] + [bad] + good[5:])},
+                                  val_fraction=0))
     assert len(texts) == 300 and lost(manifest) == {"wrong Content-Length": 1}
 
 
 def test_large_files_are_read_in_parts(tmp_path, monkeypatch):
     """A part border loses, doubles or breaks a line or a character."""
-    monkeypatch.setattr(prepare, "PART", 1000)
     monkeypatch.setattr(prepare, "CHUNK", 1000)
     rows = [dict(text=f"{i} " + "é中" * (i % 400)) for i in range(100)]
     text = "".join(random.Random(1).choices("aé中\U0001f600 \n", k=20000))
-    files = {"a.jsonl": "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "b.txt": text, "c.txt": "é" * 3000}
+    files = {"a.jsonl": "\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "b.txt": text,
+             "c.txt": "é" * 3000}
     texts, manifest, _ = load(run(tmp_path, files, clean=False, val_fraction=0))
-    assert [t for r in rows for t in [r["text"]]] == texts[:100] and "".join(texts[100:]) == text + "é" * 3000
+    assert [t for r in rows for t in [r["text"]]] == texts[:100]
+    assert "".join(texts[100:]) == text + "é" * 3000
     assert len(texts) > 140
 
 
 @pytest.mark.parametrize("ranges", [True, False])
 def test_download_goes_on_where_it_was_cut(tmp_path, ranges):
-    """A connection cut half way starts a download of hours anew, or leaves half a file as the whole."""
+    """A connection cut half way starts a download of hours anew, or leaves half a file as the
+    whole."""
     data, asked = os.urandom(300_000), []
 
     class Cutting(http.server.BaseHTTPRequestHandler):
@@ -910,31 +1021,43 @@ def test_download_goes_on_where_it_was_cut(tmp_path, ranges):
     address = f"http://127.0.0.1:{server.server_port}/some/file.txt"
     path = prepare.download(address, hashlib.sha256(data).hexdigest(), tmp_path)
     assert path.read_bytes() == data and len(asked) == 3 and os.listdir(tmp_path) == [path.name]
-    assert prepare.download(address, "", tmp_path) == path and len(asked) == 3    # it is there already
+    assert prepare.download(address, "", tmp_path) == path
+    assert len(asked) == 3    # it is there already
     assert "sha256" in error(prepare.download, address.replace("file", "other"), "0" * 64, tmp_path)
     server.shutdown()
     server.server_close()
     message = error(prepare.download, address.replace("file", "third"), "", tmp_path)
-    assert address.replace("file", "third") in message and str(tmp_path / "some-third.txt") in message
+    assert address.replace("file", "third") in message
+    assert str(tmp_path / "some-third.txt") in message
 
 
 def test_optional_packages(tmp_path):
     """A missing optional package ends in a traceback; an installed one is not used."""
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
-        assert "pip install pyarrow" in error(run, tmp_path, {"a.parquet": b"PAR1"})
+        for i, name in enumerate(("a.parquet", "a.txt.zst")):
+            assert "pip install pyarrow" in error(run, tmp_path / str(i), {name: b"PAR1"})
     else:
         (tmp_path / "raw").mkdir()
-        pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"]}), tmp_path / "raw/a.parquet")
+        table = pyarrow.table({"text": ["one", "two"]})
+        pyarrow.parquet.write_table(table, tmp_path / "raw/a.parquet")
         assert load(run(tmp_path, {}, val_fraction=0))[0] == ["one", "two"]
-    try:
-        import zstandard
-    except ImportError:
-        assert "pip install zstandard" in error(run, tmp_path / "z", {"a.txt.zst": b"\x28\xb5\x2f\xfdxx"})
-    else:
-        assert load(run(tmp_path / "z", {"a.txt.zst": zstandard.compress(b"text")}, val_fraction=0))[0] == ["text"]
+
+
+def test_truncated_zst(tmp_path):
+    """A download that was cut short is taken for the whole file: zstandard's own reader says
+    nothing."""
+    pyarrow = pytest.importorskip("pyarrow")
+    lines = [json.dumps(dict(text=words_of(i, 50))) + "\n" for i in range(300)]
+    frames = b"".join(pyarrow.compress("".join(half).encode(), "zstd", asbytes=True)
+                      for half in (lines[:150], lines[150:]))    # two frames, as pzstd writes
+    out = run(tmp_path, {"a.jsonl.zst": frames}, val_fraction=0)
+    before = load(out)[0]
+    assert len(before) == 300
+    for cut in (frames[:-5], frames[:len(frames) // 3], b"no frame at all"):
+        assert "a.jsonl.zst: damaged" in error(run, tmp_path, {"a.jsonl.zst": cut})
+    assert load(out)[0] == before
 
 
 def test_command_line(capsys):
@@ -943,5 +1066,6 @@ def test_command_line(capsys):
         prepare.parse_args(Config, ["--help"])
     shown = capsys.readouterr().out
     assert not e.value.code and "--val_fraction" in shown and "[0.05]" in shown
-    wrong = subprocess.run([sys.executable, ROOT / "prepare.py", "--inputs", "x"], capture_output=True, text=True)
+    wrong = subprocess.run([sys.executable, ROOT / "prepare.py", "--inputs", "x"],
+                           capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1

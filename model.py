@@ -76,31 +76,27 @@ def parse_args(Config, argv=None):
     parser.error = lambda message: fail(f"{message} (see python {name} --help)")
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON file, such as the "
                         "one that a run writes beside its --out; flags win over it")
-    section, groups, comments = parser, {}, {}
+    section, fields = parser, {f.name: f for f in dataclasses.fields(Config)}
     for line in inspect.getsource(Config).splitlines():
         if heading := re.match(r"    # (.*)", line):
             section = parser.add_argument_group(heading[1])
-        elif found := re.match(r"    (\w+): .*?  # (.*)$", line):
-            groups[found[1]], comments[found[1]] = section, found[2]
-    for f in dataclasses.fields(Config):
-        kinds = [k for k in typing.get_args(f.type) if k is not types.NoneType]
+        if not (found := re.match(r"    (\w+): .*?  # (.*)$", line)):
+            continue
+        f = fields[found[1]]
+        kind = next(k for k in (*typing.get_args(f.type), f.type) if k is not types.NoneType)
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        shown = "derived" if shown is None else "none" if shown == "" else (
-            "yes" if shown is True else "no" if shown is False else shown)
-        metavar = {int: "N", float: "X"}.get((kinds or [f.type])[0], f.name.upper())
-        kwargs = dict(dest=f.name, default=default, metavar=metavar,
-                      help=f"{comments.get(f.name, '')} [{shown}]".replace("%", "%%"))
-        if f.type is bool or kinds == [bool]:
-            del kwargs["metavar"]
-            kwargs["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(f.type) is list:
-            kwargs.update(type=kinds[0], nargs="+")
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        shown = {"None": "derived", "": "none", "True": "yes", "False": "no"}.get(shown, shown)
+        flag = dict(default=default, help=f"{found[2]} [{shown}]".replace("%", "%%"))
+        if kind is bool:
+            flag["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(f.type) is typing.Literal:
-            kwargs.update(choices=typing.get_args(f.type))
+            flag.update(choices=typing.get_args(f.type), metavar=f.name.upper())
         else:
-            kwargs["type"] = kinds[0] if kinds else f.type
-        groups.get(f.name, parser).add_argument(f"--{f.name}", **kwargs)
+            flag.update(type=kind, metavar={int: "N", float: "X"}.get(kind, f.name.upper()))
+        if typing.get_origin(f.type) is list:
+            flag["nargs"] = "+"
+        section.add_argument(f"--{f.name}", **flag)
     argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
     if given.config:
@@ -196,10 +192,8 @@ def pick_precision(device, precision):
         return None, "float32 as asked"
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        has = False
     else:
-        flags = torch.cpu.get_capabilities()
+        flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         has = any(flags.get(k) for k in ("amx_bf16", "avx512_bf16", "bf16"))
     if has or precision == "bf16":
         return torch.bfloat16, "bf16 autocast" + ("" if has else " (emulated: slow)")
@@ -286,9 +280,6 @@ class ComposedEncoding(tiktoken.Encoding):
     def encode_ordinary(self, text):
         return super().encode_ordinary(unicodedata.normalize("NFC", text))
 
-    def encode_to_numpy(self, text, **kwargs):
-        return super().encode_to_numpy(unicodedata.normalize("NFC", text), **kwargs)
-
 
 def make_encoding(name, pattern, ranks, special_tokens=None, nfc=False):
     """tiktoken.Encoding with our four control tokens added after the last id unless there already.
@@ -353,9 +344,8 @@ def render_chat(enc, messages, reply=False):
         said = int(message["role"] == "assistant")
         mask += [0] * len(head) + [said] * len(body) + [0] * len(tail)
     if reply:
-        head = [start, *enc.encode_ordinary("assistant\n")]
-        ids, mask = ids + head, mask + [0] * len(head)
-    return ids, mask
+        ids += [start, *enc.encode_ordinary("assistant\n")]
+    return ids, mask + [0] * (len(ids) - len(mask))
 
 
 def render_reply(enc, prompt, reply):
@@ -396,23 +386,18 @@ def read_rows(paths):
                 continue
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
                 text = f.read().decode("utf-8", errors="replace")
+            if path.suffix == ".json":
+                found = json.loads(text)
+                rows += found if isinstance(found, list) else [found]
+                continue
         except ImportError:
             fail(f"{path}: reading Parquet needs pyarrow: pip install pyarrow")
         except (OSError, EOFError, ValueError) as e:
             fail(f"cannot read {path}: {e}")
-        if path.suffix == ".json":
-            lines = None
+        lines, broken = text.split("\n"), []
+        for n, line in enumerate(lines, 1):
             try:
-                lines = json.loads(text)
-            except ValueError as e:
-                fail(f"{path} is not JSON: {e}")
-            rows += lines if isinstance(lines, list) else [lines]
-            continue
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        broken = []
-        for n, line in lines:
-            try:
-                rows.append(json.loads(line))
+                rows += [json.loads(line)] if line.strip() else []
             except ValueError:
                 broken.append(n)
         if len(broken) > 0.01 * len(lines):
@@ -461,11 +446,11 @@ def to_messages(row):
     elif "chosen" in row:
         prompt, chosen, _ = to_pair(row)
         turns = [*prompt, dict(role="assistant", content=chosen)]
-    elif "instruction" in row:
-        ask = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        turns = one_turn_each(ask, row.get("output", ""))
-    elif "question" in row:
-        turns = one_turn_each(row["question"], row.get("answer", ""))
+    elif "instruction" in row or "question" in row:    # no transcript, whatever it looks like
+        ask = row.get("instruction", row.get("question"))
+        ask += f"\n\n{row['input']}" if row.get("input") else ""
+        reply = row.get("output", row.get("answer", ""))
+        turns = [dict(role="user", content=ask), dict(role="assistant", content=reply)]
     elif "prompt" in row:
         reply = row.get("completion", row.get("response", ""))
         turns = to_turns(row["prompt"], "user") + to_turns(reply, "assistant")
@@ -474,11 +459,6 @@ def to_messages(row):
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         raise ValueError("no assistant turn")
     return with_system(row, turns)
-
-
-def one_turn_each(question, answer):
-    """Texts that are no transcripts, whatever they look like."""
-    return [dict(role="user", content=question), dict(role="assistant", content=answer)]
 
 
 def with_system(row, turns):
@@ -561,12 +541,6 @@ def token_logprobs(logits, ids):
     nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(),
                            reduction="none")
     return F.pad(-nats, (1, 0))
-
-
-def masked_mean(x, mask, dim=None):
-    """Mean of x where mask is 1; 0 where nothing is. NaN or inf under a 0 does not leak through."""
-    kept = torch.where(mask.bool(), x, torch.zeros_like(x))
-    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def pad_batch(rows, pad_id):
@@ -902,19 +876,19 @@ class Reference:
         self.policy, self.frozen = policy, frozen
 
     def switch(self, on):
-        for m in self.policy.modules() if self.frozen is None else ():
+        for m in self.model.modules():
             if isinstance(m, LoRALinear):
                 m.on = on
 
     def __enter__(self):
-        model = self.policy if self.frozen is None else self.frozen
+        self.model = self.frozen or self.policy
         self.switch(False)
-        self.was_training = model.training
-        return model.eval()
+        self.was_training = self.model.training
+        return self.model.eval()
 
     def __exit__(self, *exception):
         self.switch(True)
-        (self.policy if self.frozen is None else self.frozen).train(self.was_training)
+        self.model.train(self.was_training)
 
 
 def plain_weights(model):
@@ -922,9 +896,8 @@ def plain_weights(model):
     weights, adapted = model.state_dict(), {}
     for name, m in model.named_modules():
         if isinstance(m, LoRALinear):
-            parts = {k: weights.pop(f"{name}.{k}") for k in
-                     [k for k, _ in m.named_parameters()]}
-            adapted.update({f"{name}.{k}": v for k, v in parts.items()})
+            parts = {k: weights.pop(f"{name}.{k}") for k, _ in m.named_parameters()}
+            adapted |= {f"{name}.{k}": v for k, v in parts.items()}
             weights[f"{name}.weight"] = parts["linear.weight"] + m.scale * parts["b"] @ parts["a"]
             if "linear.bias" in parts:
                 weights[f"{name}.bias"] = parts["linear.bias"]
@@ -1129,43 +1102,44 @@ class Log:
     """
 
     def __init__(self, out, resume_step=None, cfg=None):
-        self.path, self.board = Path(out).with_suffix(".jsonl"), None
-        lines = []
+        self.path, self.board, lines = Path(out).with_suffix(".jsonl"), None, []
+        settings = Path(out).with_suffix(".json")
         for path, ours in ((self.path, rb'\{"step": \d'),
-                           (self.path.with_suffix(".json"), rb'\{\s*"(init|input|data|reward)": ')):
-            if path.exists() and path.stat().st_size:
+                           (settings, rb'\{\s*"(init|input|data|reward)": ')):
+            if path.exists():
                 with open(path, "rb") as f:
-                    if not re.match(ours, f.read(200)):    # somebody's data, say
+                    if not re.match(ours + rb"|$", f.read(200)):    # somebody's data, say
                         fail(f"{path}, where the log goes, is something else; choose another --out")
+        if os.environ.get("RANK", "0") != "0":
+            return
         if resume_step is not None and self.path.exists():    # drop what came after the checkpoint
             lines = [line for line in self.path.read_text().splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] < resume_step]
-        if int(os.environ.get("RANK", 0)) == 0:
-            write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
-            if cfg is not None:
-                settings = json.dumps({**dataclasses.asdict(cfg), "resume": False}, indent=1)
-                write_atomic(self.path.with_suffix(".json"), lambda f: f.write(settings.encode()))
-            if getattr(cfg, "tensorboard", False):
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    fail("--tensorboard needs a package: pip install tensorboard")
-                self.board = SummaryWriter(self.path.with_suffix(".tensorboard"),
-                                           purge_step=resume_step)
+        write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
+        if cfg is not None:
+            text = json.dumps({**dataclasses.asdict(cfg), "resume": False}, indent=1)
+            write_atomic(settings, lambda f: f.write(text.encode()))
+        if getattr(cfg, "tensorboard", False):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                fail("--tensorboard needs a package: pip install tensorboard")
+            self.board = SummaryWriter(self.path.with_suffix(".tensorboard"), purge_step=resume_step)
 
     def __call__(self, line, **metrics):
-        if int(os.environ.get("RANK", 0)) == 0:
-            row = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
-            try:
-                with open(self.path, "a") as f:
-                    f.write(json.dumps(row) + "\n")
-            except OSError as e:
-                fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
-            for name, value in row.items() if self.board else ():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, row["step"])
-            if line:
-                print0(line)
+        if os.environ.get("RANK", "0") != "0":
+            return
+        row = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
+        for name, value in row.items() if self.board else ():
+            if name != "step" and isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, row["step"])
+        if line:
+            print0(line)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1156,24 +1156,45 @@ LETTERS = {b: chr(b) for b in PRINTABLE} | {
 BYTES = {letter: b for b, letter in LETTERS.items()}
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 WEIGHT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Our sizes under their names in a config.json.
+PUBLIC_SIZES = dict(
+    block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers",
+    n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
+    n_hidden="intermediate_size", head_size="head_dim", norm_eps="rms_norm_eps",
+    tie_embeddings="tie_word_embeddings")
+
+
+def public_name(name):
+    """A weight's name in the folders of transformers."""
+    for ours, theirs in ((".attn_norm.", ".input_layernorm."), (".attn.", ".self_attn."),
+                         (".mlp_norm.", ".post_attention_layernorm."), ("blocks.", "model.layers."),
+                         ("embed.", "model.embed_tokens."), ("head.", "lm_head.")):
+        name = name.replace(ours, theirs)
+    return "model.norm.weight" if name == "norm.weight" else name
+
+
+def check_supported(path, *fields):
+    """Each field is (name, value, the values that are supported)."""
+    for name, value, supported in fields:
+        if value not in supported:
+            fail(f"{path}: {name} {value!r} is not supported, only "
+                 + ", ".join(repr(s) for s in supported if s or s is supported[0]))
 
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file, memory-mapped: 8 bytes length, JSON header, data."""
     tensors = {}
     try:
-        size = path.stat().st_size
-        data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        if size < 8 or start > size:
+        data = np.memmap(path, np.uint8, mode="c")
+        size, start = len(data), 8 + int.from_bytes(data[:8].tobytes(), "little")
+        if start > size:
             fail(f"{path}: its header would end at byte {start} of {size}; is the file complete?")
         for name, entry in json.loads(data[8:start].tobytes()).items():
             if name == "__metadata__":
                 continue
-            shape, dtype = entry["shape"], WEIGHT_TYPES.get(entry["dtype"])
+            check_supported(path, (f"{name}: dtype", entry["dtype"], [*WEIGHT_TYPES]))
+            shape, dtype = entry["shape"], WEIGHT_TYPES[entry["dtype"]]
             begin, end = (start + offset for offset in entry["data_offsets"])
-            if dtype is None:
-                fail(f"{path}: {name} is {entry['dtype']}; {' '.join(WEIGHT_TYPES)} are read")
             if end > size:
                 fail(f"{path}: {name} would end at byte {end} of {size}; is the file complete?")
             if not start <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
@@ -1189,51 +1210,46 @@ def read_safetensors(path):
 def import_config(path):
     """(GPTConfig, id of the token that ends a text or None) from a config.json."""
     c = read_json(path)
-
-    def get(name, default=None, kind=int):
-        value = default if c.get(name) is None else c[name]
-        if type(value) is not kind or kind is int and not 1 <= value < 2 ** 24:
-            fail(f"{path}: {name} is {value!r}, expected {kind.__name__}")
-        return value
-
+    family = c.get("model_type")
     try:
-        family = c.get("model_type")
         rope = {"rope_theta": c.get("rope_theta")}    # of old, then under one roof
         rope |= (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        for name, value, supported in (
-                ("model_type", family, ("llama", "mistral", "qwen2", "qwen3", "smollm3")),
-                ("hidden_act", c.get("hidden_act"), ("silu", None)),
-                ("attention_bias", c.get("attention_bias"), (False, None)),
-                ("mlp_bias", c.get("mlp_bias"), (False, None)),
-                ("quantization_config", c.get("quantization_config"), (None,)),
-                ("rope_type", kind, ("default", "llama3")),
-                ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None))):
-            if value not in supported:
-                fail(f"{path}: {name} {value!r} is not supported, only {supported[0]!r}"
-                     + "".join(f", {s!r}" for s in supported[1:] if s))
-        scaling = None if kind == "default" else dict(rope_type="llama3", **{
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        check_supported(
+            path, ("model_type", family, ("llama", "mistral", "qwen2", "qwen3", "smollm3")),
+            ("hidden_act", c.get("hidden_act"), ("silu", None)),
+            ("attention_bias", c.get("attention_bias"), (False, None)),
+            ("mlp_bias", c.get("mlp_bias"), (False, None)),
+            ("quantization_config", c.get("quantization_config"), (None,)),
+            ("rope_type", rope_type, ("default", "llama3")),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None)))
+        scaling = None if rope_type == "default" else dict(rope_type="llama3", **{
             name: rope[name] + 0 for name in ("factor", "low_freq_factor", "high_freq_factor",
                                               "original_max_position_embeddings")})
-        layers, heads = get("num_hidden_layers"), get("num_attention_heads")
-        context, nope = get("max_position_embeddings"), []
+        defaults = dict(num_key_value_heads=c.get("num_attention_heads"), rms_norm_eps=1e-6,
+                        tie_word_embeddings=family == "smollm3")
+        sizes = {}
+        for ours, theirs in PUBLIC_SIZES.items():
+            value = defaults.get(theirs) if c.get(theirs) is None else c[theirs]
+            kind = dict(norm_eps=float, tie_embeddings=bool).get(ours, int)
+            if value is None and ours == "head_size":
+                continue    # then it is n_embd / n_head
+            if type(value) is not kind or kind is int and not 1 <= value < 2 ** 24:
+                fail(f"{path}: {theirs} is {value!r}, expected {kind.__name__}")
+            sizes[ours] = value
         if c.get("use_sliding_window", family == "mistral"):
-            window = c.get("sliding_window", 4096) or context
-            if window < context:    # up to there a sliding window is no window at all
-                print0(f"{path}: context {window} instead of {context}, its sliding window")
-                context = window
+            window = c.get("sliding_window", 4096) or sizes["block_size"]
+            if window < sizes["block_size"]:    # up to there a sliding window is no window at all
+                print0(f"{path}: context {window}, its sliding window, not {sizes['block_size']}")
+                sizes["block_size"] = window
+        rotary = [1] * sizes["n_layer"]
         if family == "smollm3":
             every = c.get("no_rope_layer_interval", 4)
-            flags = c.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
-            nope = [i for i in range(layers) if not flags[i]]
+            rotary = c.get("no_rope_layers") or [(i + 1) % every for i in range(len(rotary))]
         config = GPTConfig(
-            context, get("vocab_size"), layers, heads, get("num_key_value_heads", heads),
-            get("hidden_size"), get("intermediate_size"),
-            get("head_dim", get("hidden_size") // heads), family == "qwen3", family == "qwen2",
-            get("tie_word_embeddings", family == "smollm3", bool),
-            norm_eps=get("rms_norm_eps", 1e-6, float), rope_scaling=scaling,
+            **sizes, qk_norm=family == "qwen3", qkv_bias=family == "qwen2", rope_scaling=scaling,
             rope_base=float(rope["rope_theta"] or (2e6 if family == "smollm3" else 1e4)),
-            nope_layers=nope or None)
+            nope_layers=[i for i in range(sizes["n_layer"]) if not rotary[i]] or None)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as e:
         fail(f"{path}: a field is missing or damaged ({type(e).__name__}: {e})")
     eos = c.get("eos_token_id")
@@ -1282,13 +1298,10 @@ def import_tokenizer(path, vocab_size=0, eos=None):
     t = read_json(path)
     try:
         model, normalizer = t["model"], (t.get("normalizer") or {}).get("type")
-        for name, value, good in (
-                ("model.type", model["type"], model["type"] == "BPE"),
-                *((f"model.{k}", model.get(k), not model.get(k)) for k in (
-                    "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")),
-                ("normalizer", normalizer, normalizer in (None, "NFC"))):
-            if not good:
-                fail(f"{path}: {name} {value!r} is not supported, only byte-level BPE")
+        check_supported(
+            path, ("model.type", model["type"], ("BPE",)), ("normalizer", normalizer, (None, "NFC")),
+            *((f"model.{name}", model.get(name) or None, (None,)) for name in (
+                "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")))
         split = t.get("pre_tokenizer") or {}
         pattern = import_split(split.get("pretokenizers") or [split])
         if pattern is None:
@@ -1330,29 +1343,18 @@ def import_tokenizer(path, vocab_size=0, eos=None):
     return enc, new
 
 
-def public_name(name):
-    """A weight's name in the folders of transformers."""
-    for ours, theirs in ((".attn_norm.", ".input_layernorm."), (".attn.", ".self_attn."),
-                         (".mlp_norm.", ".post_attention_layernorm."), ("blocks.", "model.layers."),
-                         ("embed.", "model.embed_tokens."), ("head.", "lm_head.")):
-        name = name.replace(ours, theirs)
-    return "model.norm.weight" if name == "norm.weight" else name
-
-
 def import_weights(folder, config):
     """{our name: tensor} of all weights that the config asks for, no more and no fewer."""
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.exists() or not index.exists():
-        if not whole.exists() and any(folder.glob("*.bin")):
-            fail(f"{folder} has pickled weights only (.bin), which can run code when read; get "
-                 f"model.safetensors")
-        files = [whole]
-    else:
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / files[0]).exists() and index.exists():
+        try:
+            files = sorted({Path(f).name for f in read_json(index)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError):
             fail(f"{index}: weight_map is missing or damaged")
-        files = [folder / Path(file).name for file in sorted(set(named.values()))]
-    theirs = {name: t for file in files for name, t in read_safetensors(file).items()}
+    elif not (folder / files[0]).exists() and any(folder.glob("*.bin")):
+        fail(f"{folder} has pickled weights only (.bin), which can run code when read; get "
+             f"model.safetensors")
+    theirs = {name: t for file in files for name, t in read_safetensors(folder / file).items()}
     with torch.device("meta"):
         wanted = {name: t.shape for name, t in GPT(config).state_dict().items()
                   if not (config.tie_embeddings and name == "head.weight")}
@@ -1414,17 +1416,15 @@ def public_config(c, dtype, eos, pad):
              f"features (qk_norm, qkv_bias, nope_layers) at once")
     rope = c.rope_scaling or dict(rope_type="default")
     name = dict(qwen3="Qwen3", qwen2="Qwen2", smollm3="SmolLM3", llama="Llama")[kind]
+    extra = dict(no_rope_layers=[int(i not in c.nope_layers) for i in range(c.n_layer)]
+                 ) if c.nope_layers else {}
     return dict(
-        architectures=[f"{name}ForCausalLM"], model_type=kind, vocab_size=c.vocab_size,
-        hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size,
-        hidden_act="silu", max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_embeddings, attention_bias=False, mlp_bias=False,
-        use_sliding_window=False, sliding_window=None, rope_theta=c.rope_base,
-        rope_scaling=c.rope_scaling, rope_parameters=dict(rope_theta=c.rope_base, **rope),
-        bos_token_id=None, eos_token_id=eos, pad_token_id=pad, torch_dtype=dtype,
-        **(dict(no_rope_layers=[int(i not in c.nope_layers) for i in range(c.n_layer)])
-           if c.nope_layers else {}))
+        architectures=[f"{name}ForCausalLM"], model_type=kind, hidden_act="silu",
+        **{theirs: getattr(c, ours) for ours, theirs in PUBLIC_SIZES.items()},
+        attention_bias=False, mlp_bias=False, use_sliding_window=False, sliding_window=None,
+        rope_theta=c.rope_base, rope_scaling=c.rope_scaling, bos_token_id=None, eos_token_id=eos,
+        rope_parameters=dict(rope_theta=c.rope_base, **rope), pad_token_id=pad, torch_dtype=dtype,
+        **extra)
 
 
 def public_tokenizer(enc):

@@ -1467,8 +1467,9 @@ def write_safetensors(path, tensors, dtype):
     write_atomic(path, write)
 
 
-def model_card(checkpoint, path, public, size):
+def model_card(checkpoint, path, public):
     """README.md of an exported model: what a stranger must know, as far as the checkpoint knows."""
+    size = sum(t.numel() for t in checkpoint["weights"].values())
     steps, data, licences = lineage(checkpoint), [], set()
     for text in (text for step in steps for text in step["data"]):
         for source in text["sources"] or ():
@@ -1514,7 +1515,23 @@ def evaluation_table(path):
     return lines if names else ["None yet: run `python evaluate.py` and export again."]
 
 
-def export_model(path, folder, dtype="float32"):
+def public_adapter(checkpoint, path):
+    """(tensors, adapter_config.json) as the peft package has them, to go on top of --init."""
+    settings, tensors, targets = checkpoint["stage_config"], {}, set()
+    for name, t in (checkpoint.get("adapted") or {}).items():
+        layer, part = name.rsplit(".", 1)
+        if part in ("a", "b"):    # the others are the frozen layer's
+            tensors[f"base_model.model.{public_name(layer)}.lora_{part.upper()}.weight"] = t
+            targets.add(layer.split(".")[-1])
+    if not tensors:
+        fail(f"{path} has no adapter: it was not trained with --lora_rank; leave out --adapter")
+    return tensors, dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=settings["init"],
+        r=settings["lora_rank"], lora_alpha=settings["lora_alpha"], lora_dropout=0.0, bias="none",
+        target_modules=sorted(targets), inference_mode=True)
+
+
+def export_model(path, folder, dtype="float32", adapter=False):
     """Write a checkpoint (or a folder that was read) as a folder of public files."""
     checkpoint, folder = load_checkpoint(path, "python pretrain.py"), Path(folder)
     if "score.weight" in checkpoint["weights"]:
@@ -1524,25 +1541,29 @@ def export_model(path, folder, dtype="float32"):
     enc = encoding_from_dict(checkpoint["encoding"])
     config = GPTConfig(**checkpoint["model_config"])
     eot, end, pad = (enc._special_tokens[t] for t in (ENDOFTEXT, IM_END, PAD))
-    public = public_config(config, dtype, eot, pad)
-    tensors = {public_name(name): t for name, t in checkpoint["weights"].items()}
     tokenizer = public_tokenizer(enc)
     names = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
     talks = checkpoint["stage"] not in ("pretrain", "imported")
-    write_safetensors(folder / "model.safetensors", tensors, getattr(torch, dtype))
-    size = sum(t.numel() for t in tensors.values())
-    for name, data in {
-            "README.md": model_card(checkpoint, path, public, size), "config.json": public,
-            "tokenizer.json": tokenizer,
-            "tokenizer_config.json": dict(
-                tokenizer_class="PreTrainedTokenizerFast", eos_token=names[end if talks else eot],
-                pad_token=names[pad], model_max_length=config.block_size,
-                clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE),
-            "generation_config.json": dict(eos_token_id=[end, eot], pad_token_id=pad)}.items():
+    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": dict(
+        tokenizer_class="PreTrainedTokenizerFast", eos_token=names[end if talks else eot],
+        pad_token=names[pad], model_max_length=config.block_size,
+        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)}
+    if adapter:
+        tensors, files["adapter_config.json"] = public_adapter(checkpoint, path)
+        base = checkpoint["stage_config"]["init"]
+        weights, kind = "adapter_model", f"adapter for what `model.py export {base}` writes"
+    else:
+        tensors = {public_name(name): t for name, t in checkpoint["weights"].items()}
+        public = public_config(config, dtype, eot, pad)
+        weights, kind = "model", public["architectures"][0]
+        files |= {"README.md": model_card(checkpoint, path, public), "config.json": public,
+                  "generation_config.json": dict(eos_token_id=[end, eot], pad_token_id=pad)}
+    write_safetensors(folder / f"{weights}.safetensors", tensors, getattr(torch, dtype))
+    for name, data in files.items():
         text = data if isinstance(data, str) else json.dumps(data, indent=1, ensure_ascii=False)
         write_atomic(folder / name, lambda f, text=text: f.write(text.encode()))
-    print0(f"wrote {folder}: {public['architectures'][0]}, {size:,} parameters as {dtype}, "
-           f"{enc.n_vocab:,} tokens")
+    size = sum(t.numel() for t in tensors.values())
+    print0(f"wrote {folder}: {kind}, {size:,} parameters as {dtype}, {enc.n_vocab:,} tokens")
 
 
 def main():
@@ -1556,8 +1577,10 @@ def main():
     export.add_argument("folder", help="a new folder")
     export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                         help="of the weights; float32 loses nothing [%(default)s]")
+    export.add_argument("--adapter", action="store_true", help="of a run with --lora_rank: only "
+                        "the adapter, as the peft package loads it on top of the exported --init")
     args = parser.parse_args()
-    export_model(args.checkpoint, args.folder, args.dtype)
+    export_model(args.checkpoint, args.folder, args.dtype, args.adapter)
 
 
 if __name__ == "__main__":

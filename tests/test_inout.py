@@ -18,6 +18,7 @@ from common import error
 
 import model as m
 import prepare
+import sft
 from model import GPT, GPTConfig
 
 SIZES = dict(block_size=128, vocab_size=320, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
@@ -396,6 +397,27 @@ def test_transformers_models_come_in_and_go_out(tmp_path, family):
     assert theirs_ids == m.render_chat(enc, messages, reply=True)[0]
     assert back.generation_config.eos_token_id == [enc._special_tokens[t] for t in (m.IM_END, m.ENDOFTEXT)]
     assert tokenizer.pad_token_id == enc._special_tokens[m.PAD]
+
+
+def test_peft_loads_an_exported_adapter(tmp_path):
+    """What LoRA learned could leave only with a whole copy of the model, or scaled or placed otherwise."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    enc, ids = small_encoding(), torch.randint(0, 256, (2, 40))
+    base = saved(tmp_path, enc, qk_norm=False, qkv_bias=True)
+    ours = m.add_lora(m.load_model(m.load_checkpoint(base, ""), "cpu")[0].eval(), 4, 12, ["q_proj", "up_proj"])
+    for p in filter(lambda p: p.requires_grad, ours.parameters()):
+        torch.nn.init.normal_(p, std=0.3)
+    m.save_checkpoint(tmp_path / "lora.pt", ours, "sft", 1, enc, sft.Config(
+        init=str(base), lora_rank=4, lora_alpha=12.0, lora_targets=["q_proj", "up_proj"]))
+    m.export_model(base, tmp_path / "base")
+    m.export_model(tmp_path / "lora.pt", tmp_path / "adapter", adapter=True)
+    assert "has no adapter" in error(m.export_model, base, tmp_path / "none", adapter=True)
+    assert not (tmp_path / "none").exists()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    plain = theirs(ids).logits
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain, ours(ids), atol=0.1)
 
 
 def test_transformers_read_the_tokenizers_made_here(tmp_path):

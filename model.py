@@ -905,7 +905,7 @@ def plain_weights(model):
 
 
 def load_adapted(model, checkpoint):
-    """For --resume: the adapters and the frozen layers under them, which are merged in `weights`."""
+    """For --resume: adapters, and the frozen layers under them, which are merged in `weights`."""
     ours, saved = plain_weights(model)[1] or {}, checkpoint.get("adapted") or {}
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in saved.items()}:
         fail("--resume: this run was started with other --lora_rank or --lora_targets")
@@ -1124,7 +1124,7 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 fail("--tensorboard needs a package: pip install tensorboard")
-            self.board = SummaryWriter(self.path.with_suffix(".tensorboard"), purge_step=resume_step)
+            self.board = SummaryWriter(settings.with_suffix(".tensorboard"), purge_step=resume_step)
 
     def __call__(self, line, **metrics):
         if os.environ.get("RANK", "0") != "0":
@@ -1271,14 +1271,14 @@ def last_pair(ranks, token):
 def import_split(steps):
     """The pattern of a byte-level pre-tokenizer, a list of steps; None: not to be had as one."""
     *first, last = steps
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True) or len(first) > 1:
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
         return None
     if last.get("use_regex", True):
         digits = [dict(type="Digits", individual_digits=True)]
         return GPT2_SPLIT if not first else DIGITS_SPLIT if first == digits else None
-    if not first or first[0].get("type") != "Split":
+    if [step["type"] for step in first] != ["Split"]:
         return None
-    keeps = first[0].get("behavior"), first[0].get("invert", False)
+    keeps = (first[0]["behavior"], first[0].get("invert", False))
     keeps = keeps in (("Isolated", False), ("Removed", True))
     return first[0]["pattern"].get("Regex") if keeps else None
 
@@ -1299,7 +1299,8 @@ def import_tokenizer(path, vocab_size=0, eos=None):
     try:
         model, normalizer = t["model"], (t.get("normalizer") or {}).get("type")
         check_supported(
-            path, ("model.type", model["type"], ("BPE",)), ("normalizer", normalizer, (None, "NFC")),
+            path, ("model.type", model["type"], ("BPE",)),
+            ("normalizer", normalizer, (None, "NFC")),
             *((f"model.{name}", model.get(name) or None, (None,)) for name in (
                 "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")))
         split = t.get("pre_tokenizer") or {}
@@ -1307,18 +1308,19 @@ def import_tokenizer(path, vocab_size=0, eos=None):
         if pattern is None:
             fail(f"{path}: pre_tokenizer {json.dumps(split)[:120]} is not supported")
         special = {token["content"]: token["id"] for token in t.get("added_tokens", [])}
-        ranks = {bytes(BYTES[c] for c in token): i for token, i in model["vocab"].items()
-                 if token not in special}
+        as_bytes = lambda token: bytes(BYTES[letter] for letter in token)
+        ranks = {as_bytes(name): i for name, i in model["vocab"].items() if name not in special}
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        merges = (tuple(bytes(BYTES[c] for c in part) for part in m) for m in merges)
-        order = {pair: n for n, pair in enumerate(merges)}
-        at = -1
-        for token in sorted(ranks, key=ranks.get):
-            pair = last_pair(ranks, token) if len(token) > 1 else None
-            before, at = at, order.get(pair, -1) if pair else at
-            if len(token) > 1 and (at <= before if pair else not model.get("ignore_merges")):
+        order = {tuple(map(as_bytes, pair)): n for n, pair in enumerate(merges)}
+        last = -1
+        for token in filter(lambda token: len(token) > 1, sorted(ranks, key=ranks.get)):
+            pair = last_pair(ranks, token)
+            if pair is None and model.get("ignore_merges"):
+                continue    # it is found as a whole piece
+            if order.get(pair, -1) <= last:
                 fail(f"{path}: merging by id would not make token {ranks[token]}, {token!r}, as "
                      f"its merges do; such a tokenizer is not supported")
+            last = order[pair]
         names = {i: name for name, i in special.items()}
         if ENDOFTEXT not in special and names.get(eos, PAD) not in (IM_START, IM_END, PAD):
             special[ENDOFTEXT] = eos
@@ -1331,9 +1333,10 @@ def import_tokenizer(path, vocab_size=0, eos=None):
                       if b not in NEVER_IN_UTF8 and bytes([b]) not in ranks}
         special |= {token: next(free) for token in (ENDOFTEXT, IM_START, IM_END, PAD)
                     if token not in special}
-        new = sorted({*ranks.values(), *special.values()} - known)
-        special |= {f"<|reserved_{i}|>": i for i in {*range(max(vocab_size, next(free)))}
-                    - known - {*new}}    # every id that the model can say has a name
+        used = {*ranks.values(), *special.values()}
+        new = sorted(used - known)
+        special |= {f"<|reserved_{i}|>": i for i in range(max(vocab_size, max(used) + 1))
+                    if i not in used}    # every id that the model can say has a name
         enc = make_encoding(path.parent.name, pattern, ranks, special, normalizer == "NFC")
         probe = " a  B1\n\t\r\n #_'s\u00e9\u4e2d\u0301\U0001f600.\0"
         if len(ranks) >= 256 and enc.decode(enc.encode_ordinary(probe)) != probe:
@@ -1356,17 +1359,16 @@ def import_weights(folder, config):
              f"model.safetensors")
     theirs = {name: t for file in files for name, t in read_safetensors(folder / file).items()}
     with torch.device("meta"):
-        wanted = {name: t.shape for name, t in GPT(config).state_dict().items()
-                  if not (config.tie_embeddings and name == "head.weight")}
-    weights = {}
-    for name, shape in wanted.items():
-        t = theirs.pop(public_name(name), None)
-        if t is None:
+        wanted, weights = GPT(config).state_dict(), {}
+    if config.tie_embeddings:
+        del wanted["head.weight"]
+    for name, shape in ((name, t.shape) for name, t in wanted.items()):
+        if public_name(name) not in theirs:
             fail(f"{folder}: {public_name(name)} is in no weight file")
-        if t.shape != shape:
-            fail(f"{folder}: {public_name(name)} has shape {[*t.shape]}, its config.json asks for "
-                 f"{[*shape]}")
-        weights[name] = t
+        weights[name] = theirs.pop(public_name(name))
+        if weights[name].shape != shape:
+            fail(f"{folder}: {public_name(name)} has shape {[*weights[name].shape]}, its "
+                 f"config.json asks for {[*shape]}")
     tied = theirs.pop("lm_head.weight", weights["embed.weight"])
     if not torch.equal(tied, weights["embed.weight"]):
         fail(f"{folder}: tie_word_embeddings is true, but lm_head.weight is another matrix")

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from common import error
+from common import CPU, error
 
+import evaluate
 import model as m
 import prepare
 import sft
@@ -397,6 +398,25 @@ def test_transformers_models_come_in_and_go_out(tmp_path, family):
     assert theirs_ids == m.render_chat(enc, messages, reply=True)[0]
     assert back.generation_config.eos_token_id == [enc._special_tokens[t] for t in (m.IM_END, m.ENDOFTEXT)]
     assert tokenizer.pad_token_id == enc._special_tokens[m.PAD]
+
+
+def test_an_exported_model_answers_in_transformers_as_it_does_here(tmp_path):
+    """Whoever runs a model elsewhere would get other answers than those that evaluate.py measured."""
+    transformers = pytest.importorskip("transformers")
+    enc = small_encoding()
+    path, end = saved(tmp_path, enc), enc._special_tokens[m.IM_END]
+    m.export_model(path, tmp_path / "out")
+    cfg = evaluate.Config(max_new_tokens=24)
+    lm = evaluate.open_model(path, cfg, CPU)
+    prompts = [[dict(role="user", content=text)] for text in TEXTS[:6]]
+    said = evaluate.replies(lm, [evaluate.chat_prompt(lm, p, cfg) for p in prompts], range(6), cfg, CPU)
+    assert {stopped for _, stopped in said} == {False, True}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for prompt, (ids, stopped) in zip(prompts, said, strict=True):
+        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = theirs.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1]:]
+        assert tokenizer.decode(answer) == enc.decode(ids + [end] * stopped)
 
 
 def test_peft_loads_an_exported_adapter(tmp_path):

@@ -26,7 +26,6 @@ import re
 import resource
 import sys
 import time
-import types
 import typing
 import unicodedata
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def parse_args(Config, argv=None):
         if not (found := re.match(r"    (\w+): .*?  # (.*)$", line)):
             continue
         f = fields[found[1]]
-        kind = next(k for k in (*typing.get_args(f.type), f.type) if k is not types.NoneType)
+        kind = next(k for k in (*typing.get_args(f.type), f.type) if k is not type(None))
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
         shown = {"None": "derived", "": "none", "True": "yes", "False": "no"}.get(shown, shown)
@@ -1203,7 +1202,7 @@ def read_safetensors(path):
     except OSError as e:
         fail(f"{path} is missing" if not path.exists() else f"cannot read {path}: {e.strerror}")
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        fail(f"{path}: damaged header ({type(e).__name__}: {e})")
+        fail(f"{path}: damaged header ({type(e).__name__}: {e})".splitlines()[0])
     return tensors
 
 
@@ -1211,6 +1210,13 @@ def import_config(path):
     """(GPTConfig, id of the token that ends a text or None) from a config.json."""
     c = read_json(path)
     family = c.get("model_type")
+
+    def get(name, default=None, kind=int):
+        value = default if c.get(name) is None else c[name]
+        if type(value) is not kind or kind is int and not 1 <= value < 2 ** 24:
+            fail(f"{path}: {name} is {value!r}, expected {kind.__name__}")
+        return value
+
     try:
         rope = {"rope_theta": c.get("rope_theta")}    # of old, then under one roof
         rope |= (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
@@ -1226,30 +1232,27 @@ def import_config(path):
         scaling = None if rope_type == "default" else dict(rope_type="llama3", **{
             name: rope[name] + 0 for name in ("factor", "low_freq_factor", "high_freq_factor",
                                               "original_max_position_embeddings")})
+        kinds = dict(rms_norm_eps=float, tie_word_embeddings=bool)
         defaults = dict(num_key_value_heads=c.get("num_attention_heads"), rms_norm_eps=1e-6,
                         tie_word_embeddings=family == "smollm3")
-        sizes = {}
-        for ours, theirs in PUBLIC_SIZES.items():
-            value = defaults.get(theirs) if c.get(theirs) is None else c[theirs]
-            kind = dict(norm_eps=float, tie_embeddings=bool).get(ours, int)
-            if value is None and ours == "head_size":
-                continue    # then it is n_embd / n_head
-            if type(value) is not kind or kind is int and not 1 <= value < 2 ** 24:
-                fail(f"{path}: {theirs} is {value!r}, expected {kind.__name__}")
-            sizes[ours] = value
-        if c.get("use_sliding_window", family == "mistral"):
-            window = c.get("sliding_window", 4096) or sizes["block_size"]
+        sizes = {ours: get(theirs, defaults.get(theirs), kinds.get(theirs, int))
+                 for ours, theirs in PUBLIC_SIZES.items()
+                 if theirs != "head_dim" or c.get("head_dim") is not None}
+        if c.get("use_sliding_window", family == "mistral") and c.get("sliding_window", 4096):
+            window = get("sliding_window", 4096)
             if window < sizes["block_size"]:    # up to there a sliding window is no window at all
                 print0(f"{path}: context {window}, its sliding window, not {sizes['block_size']}")
                 sizes["block_size"] = window
-        rotary = [1] * sizes["n_layer"]
+        layers, rotary = range(sizes["n_layer"]), None
         if family == "smollm3":
-            every = c.get("no_rope_layer_interval", 4)
-            rotary = c.get("no_rope_layers") or [(i + 1) % every for i in range(len(rotary))]
+            every = get("no_rope_layer_interval", 4)
+            rotary = get("no_rope_layers", [(i + 1) % every for i in layers], list)
+            if len(rotary) != len(layers):
+                fail(f"{path}: no_rope_layers has {len(rotary)} entries for {len(layers)} layers")
         config = GPTConfig(
             **sizes, qk_norm=family == "qwen3", qkv_bias=family == "qwen2", rope_scaling=scaling,
             rope_base=float(rope["rope_theta"] or (2e6 if family == "smollm3" else 1e4)),
-            nope_layers=[i for i in range(sizes["n_layer"]) if not rotary[i]] or None)
+            nope_layers=rotary and [i for i in layers if not rotary[i]] or None)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as e:
         fail(f"{path}: a field is missing or damaged ({type(e).__name__}: {e})")
     eos = c.get("eos_token_id")
@@ -1373,7 +1376,7 @@ def import_weights(folder, config):
     if not torch.equal(tied, weights["embed.weight"]):
         fail(f"{folder}: tie_word_embeddings is true, but lm_head.weight is another matrix")
     if left := [name for name in theirs if not name.endswith("rotary_emb.inv_freq")]:
-        fail(f"{folder}: {left[0]} is not a weight of this kind of model")
+        fail(f"{folder}: {left[0]} is a weight that its config.json does not ask for")
     return weights
 
 
@@ -1401,9 +1404,6 @@ def import_model(folder):
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}
-{{- raise_exception('unknown role ' + message['role']) -}}
-{%- endif -%}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""

@@ -487,7 +487,7 @@ def to_pair(row):
     prompt = chosen[:-1] or to_turns(row.get("prompt") or "", "user")
     if rejected[:-1] != chosen[:-1]:
         raise ValueError("the prompts differ")
-    if not prompt or not any(turn["content"].strip() for turn in prompt):
+    if not any(turn["content"].strip() for turn in prompt):
         raise ValueError("empty prompt")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise ValueError("no assistant turn")
@@ -1411,22 +1411,20 @@ CHAT_TEMPLATE = """\
 
 def public_config(c, dtype, eos, pad):
     """A config.json for our sizes, under both spellings of the rotary settings."""
-    kinds = dict(qwen3=c.qk_norm, qwen2=c.qkv_bias, smollm3=bool(c.nope_layers))
-    kind = next((k for k, yes in kinds.items() if yes), "llama")
-    if sum(kinds.values()) > 1:
-        fail(f"no public architecture has {' and '.join(k for k, yes in kinds.items() if yes)} "
-             f"features (qk_norm, qkv_bias, nope_layers) at once")
+    marks = dict(Qwen3=c.qk_norm, Qwen2=c.qkv_bias, SmolLM3=c.nope_layers)
+    kinds = [kind for kind, yes in marks.items() if yes] or ["Llama"]
+    if len(kinds) > 1:
+        fail(f"no public architecture has what {' and '.join(kinds)} have (qk_norm, qkv_bias, "
+             f"nope_layers) at once")
+    nope = dict(no_rope_layers=[int(i not in c.nope_layers) for i in range(c.n_layer)]
+                ) if c.nope_layers else {}
     rope = c.rope_scaling or dict(rope_type="default")
-    name = dict(qwen3="Qwen3", qwen2="Qwen2", smollm3="SmolLM3", llama="Llama")[kind]
-    extra = dict(no_rope_layers=[int(i not in c.nope_layers) for i in range(c.n_layer)]
-                 ) if c.nope_layers else {}
     return dict(
-        architectures=[f"{name}ForCausalLM"], model_type=kind, hidden_act="silu",
-        **{theirs: getattr(c, ours) for ours, theirs in PUBLIC_SIZES.items()},
+        architectures=[f"{kinds[0]}ForCausalLM"], model_type=kinds[0].lower(), hidden_act="silu",
+        **{theirs: getattr(c, ours) for ours, theirs in PUBLIC_SIZES.items()}, **nope,
         attention_bias=False, mlp_bias=False, use_sliding_window=False, sliding_window=None,
         rope_theta=c.rope_base, rope_scaling=c.rope_scaling, bos_token_id=None, eos_token_id=eos,
-        rope_parameters=dict(rope_theta=c.rope_base, **rope), pad_token_id=pad, torch_dtype=dtype,
-        **extra)
+        rope_parameters=dict(rope_theta=c.rope_base, **rope), pad_token_id=pad, torch_dtype=dtype)
 
 
 def public_tokenizer(enc):
@@ -1441,14 +1439,12 @@ def public_tokenizer(enc):
     split = dict(type="Split", pattern=dict(Regex=enc._pat_str), behavior="Isolated", invert=False)
     as_letters = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     return dict(
-        version="1.0", truncation=None, padding=None,
+        version="1.0", decoder=as_letters,
         added_tokens=[dict(id=i, content=names[i], **flags, special=True) for i in sorted(names)],
         normalizer=dict(type="NFC") if isinstance(enc, ComposedEncoding) else None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, as_letters]),
-        post_processor=None, decoder=as_letters, model=dict(
-            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-            end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
-            ignore_merges=None in pairs.values(), vocab=vocab,
+        model=dict(
+            type="BPE", ignore_merges=None in pairs.values(), vocab=vocab,
             merges=[[letters[part] for part in pair] for pair in pairs.values() if pair]))
 
 

@@ -26,7 +26,6 @@ import re
 import resource
 import sys
 import time
-import types
 import typing
 import unicodedata
 from dataclasses import dataclass
@@ -76,31 +75,27 @@ def parse_args(Config, argv=None):
     parser.error = lambda message: fail(f"{message} (see python {name} --help)")
     parser.add_argument("--config", metavar="FILE", help="settings from a JSON file, such as the "
                         "one that a run writes beside its --out; flags win over it")
-    section, groups, comments = parser, {}, {}
+    section, fields = parser, {f.name: f for f in dataclasses.fields(Config)}
     for line in inspect.getsource(Config).splitlines():
         if heading := re.match(r"    # (.*)", line):
             section = parser.add_argument_group(heading[1])
-        elif found := re.match(r"    (\w+): .*?  # (.*)$", line):
-            groups[found[1]], comments[found[1]] = section, found[2]
-    for f in dataclasses.fields(Config):
-        kinds = [k for k in typing.get_args(f.type) if k is not types.NoneType]
+        if not (found := re.match(r"    (\w+): .*?  # (.*)$", line)):
+            continue
+        f = fields[found[1]]
+        kind = next(k for k in (*typing.get_args(f.type), f.type) if k is not type(None))
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        shown = "derived" if shown is None else "none" if shown == "" else (
-            "yes" if shown is True else "no" if shown is False else shown)
-        metavar = {int: "N", float: "X"}.get((kinds or [f.type])[0], f.name.upper())
-        kwargs = dict(dest=f.name, default=default, metavar=metavar,
-                      help=f"{comments.get(f.name, '')} [{shown}]".replace("%", "%%"))
-        if f.type is bool or kinds == [bool]:
-            del kwargs["metavar"]
-            kwargs["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(f.type) is list:
-            kwargs.update(type=kinds[0], nargs="+")
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        shown = {"None": "derived", "": "none", "True": "yes", "False": "no"}.get(shown, shown)
+        flag = dict(default=default, help=f"{found[2]} [{shown}]".replace("%", "%%"))
+        if kind is bool:
+            flag["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(f.type) is typing.Literal:
-            kwargs.update(choices=typing.get_args(f.type))
+            flag.update(choices=typing.get_args(f.type), metavar=f.name.upper())
         else:
-            kwargs["type"] = kinds[0] if kinds else f.type
-        groups.get(f.name, parser).add_argument(f"--{f.name}", **kwargs)
+            flag.update(type=kind, metavar={int: "N", float: "X"}.get(kind, f.name.upper()))
+        if typing.get_origin(f.type) is list:
+            flag["nargs"] = "+"
+        section.add_argument(f"--{f.name}", **flag)
     argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
     if given.config:
@@ -196,10 +191,8 @@ def pick_precision(device, precision):
         return None, "float32 as asked"
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "mps":
-        has = False
     else:
-        flags = torch.cpu.get_capabilities()
+        flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         has = any(flags.get(k) for k in ("amx_bf16", "avx512_bf16", "bf16"))
     if has or precision == "bf16":
         return torch.bfloat16, "bf16 autocast" + ("" if has else " (emulated: slow)")
@@ -286,9 +279,6 @@ class ComposedEncoding(tiktoken.Encoding):
     def encode_ordinary(self, text):
         return super().encode_ordinary(unicodedata.normalize("NFC", text))
 
-    def encode_to_numpy(self, text, **kwargs):
-        return super().encode_to_numpy(unicodedata.normalize("NFC", text), **kwargs)
-
 
 def make_encoding(name, pattern, ranks, special_tokens=None, nfc=False):
     """tiktoken.Encoding with our four control tokens added after the last id unless there already.
@@ -353,9 +343,8 @@ def render_chat(enc, messages, reply=False):
         said = int(message["role"] == "assistant")
         mask += [0] * len(head) + [said] * len(body) + [0] * len(tail)
     if reply:
-        head = [start, *enc.encode_ordinary("assistant\n")]
-        ids, mask = ids + head, mask + [0] * len(head)
-    return ids, mask
+        ids += [start, *enc.encode_ordinary("assistant\n")]
+    return ids, mask + [0] * (len(ids) - len(mask))
 
 
 def render_reply(enc, prompt, reply):
@@ -396,23 +385,18 @@ def read_rows(paths):
                 continue
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
                 text = f.read().decode("utf-8", errors="replace")
+            if path.suffix == ".json":
+                found = json.loads(text)
+                rows += found if isinstance(found, list) else [found]
+                continue
         except ImportError:
             fail(f"{path}: reading Parquet needs pyarrow: pip install pyarrow")
         except (OSError, EOFError, ValueError) as e:
             fail(f"cannot read {path}: {e}")
-        if path.suffix == ".json":
-            lines = None
+        lines, broken = text.split("\n"), []
+        for n, line in enumerate(lines, 1):
             try:
-                lines = json.loads(text)
-            except ValueError as e:
-                fail(f"{path} is not JSON: {e}")
-            rows += lines if isinstance(lines, list) else [lines]
-            continue
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        broken = []
-        for n, line in lines:
-            try:
-                rows.append(json.loads(line))
+                rows += [json.loads(line)] if line.strip() else []
             except ValueError:
                 broken.append(n)
         if len(broken) > 0.01 * len(lines):
@@ -461,11 +445,11 @@ def to_messages(row):
     elif "chosen" in row:
         prompt, chosen, _ = to_pair(row)
         turns = [*prompt, dict(role="assistant", content=chosen)]
-    elif "instruction" in row:
-        ask = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        turns = one_turn_each(ask, row.get("output", ""))
-    elif "question" in row:
-        turns = one_turn_each(row["question"], row.get("answer", ""))
+    elif "instruction" in row or "question" in row:    # no transcript, whatever it looks like
+        ask = row.get("instruction", row.get("question"))
+        ask += f"\n\n{row['input']}" if row.get("input") else ""
+        reply = row.get("output", row.get("answer", ""))
+        turns = [dict(role="user", content=ask), dict(role="assistant", content=reply)]
     elif "prompt" in row:
         reply = row.get("completion", row.get("response", ""))
         turns = to_turns(row["prompt"], "user") + to_turns(reply, "assistant")
@@ -474,11 +458,6 @@ def to_messages(row):
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         raise ValueError("no assistant turn")
     return with_system(row, turns)
-
-
-def one_turn_each(question, answer):
-    """Texts that are no transcripts, whatever they look like."""
-    return [dict(role="user", content=question), dict(role="assistant", content=answer)]
 
 
 def with_system(row, turns):
@@ -508,7 +487,7 @@ def to_pair(row):
     prompt = chosen[:-1] or to_turns(row.get("prompt") or "", "user")
     if rejected[:-1] != chosen[:-1]:
         raise ValueError("the prompts differ")
-    if not prompt or not any(turn["content"].strip() for turn in prompt):
+    if not any(turn["content"].strip() for turn in prompt):
         raise ValueError("empty prompt")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise ValueError("no assistant turn")
@@ -561,12 +540,6 @@ def token_logprobs(logits, ids):
     nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(),
                            reduction="none")
     return F.pad(-nats, (1, 0))
-
-
-def masked_mean(x, mask, dim=None):
-    """Mean of x where mask is 1; 0 where nothing is. NaN or inf under a 0 does not leak through."""
-    kept = torch.where(mask.bool(), x, torch.zeros_like(x))
-    return kept.sum(dim) / mask.sum(dim).clamp(min=1)
 
 
 def pad_batch(rows, pad_id):
@@ -902,19 +875,19 @@ class Reference:
         self.policy, self.frozen = policy, frozen
 
     def switch(self, on):
-        for m in self.policy.modules() if self.frozen is None else ():
+        for m in self.model.modules():
             if isinstance(m, LoRALinear):
                 m.on = on
 
     def __enter__(self):
-        model = self.policy if self.frozen is None else self.frozen
+        self.model = self.frozen or self.policy
         self.switch(False)
-        self.was_training = model.training
-        return model.eval()
+        self.was_training = self.model.training
+        return self.model.eval()
 
     def __exit__(self, *exception):
         self.switch(True)
-        (self.policy if self.frozen is None else self.frozen).train(self.was_training)
+        self.model.train(self.was_training)
 
 
 def plain_weights(model):
@@ -922,9 +895,8 @@ def plain_weights(model):
     weights, adapted = model.state_dict(), {}
     for name, m in model.named_modules():
         if isinstance(m, LoRALinear):
-            parts = {k: weights.pop(f"{name}.{k}") for k in
-                     [k for k, _ in m.named_parameters()]}
-            adapted.update({f"{name}.{k}": v for k, v in parts.items()})
+            parts = {k: weights.pop(f"{name}.{k}") for k, _ in m.named_parameters()}
+            adapted |= {f"{name}.{k}": v for k, v in parts.items()}
             weights[f"{name}.weight"] = parts["linear.weight"] + m.scale * parts["b"] @ parts["a"]
             if "linear.bias" in parts:
                 weights[f"{name}.bias"] = parts["linear.bias"]
@@ -932,7 +904,7 @@ def plain_weights(model):
 
 
 def load_adapted(model, checkpoint):
-    """For --resume: the adapters and the frozen layers under them, which are merged in `weights`."""
+    """For --resume: adapters, and the frozen layers under them, which are merged in `weights`."""
     ours, saved = plain_weights(model)[1] or {}, checkpoint.get("adapted") or {}
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in saved.items()}:
         fail("--resume: this run was started with other --lora_rank or --lora_targets")
@@ -1165,43 +1137,44 @@ class Log:
     """
 
     def __init__(self, out, resume_step=None, cfg=None):
-        self.path, self.board = Path(out).with_suffix(".jsonl"), None
-        lines = []
+        self.path, self.board, lines = Path(out).with_suffix(".jsonl"), None, []
+        settings = Path(out).with_suffix(".json")
         for path, ours in ((self.path, rb'\{"step": \d'),
-                           (self.path.with_suffix(".json"), rb'\{\s*"(init|input|data|reward)": ')):
-            if path.exists() and path.stat().st_size:
+                           (settings, rb'\{\s*"(init|input|data|reward)": ')):
+            if path.exists():
                 with open(path, "rb") as f:
-                    if not re.match(ours, f.read(200)):    # somebody's data, say
+                    if not re.match(ours + rb"|$", f.read(200)):    # somebody's data, say
                         fail(f"{path}, where the log goes, is something else; choose another --out")
+        if os.environ.get("RANK", "0") != "0":
+            return
         if resume_step is not None and self.path.exists():    # drop what came after the checkpoint
             lines = [line for line in self.path.read_text().splitlines(keepends=True)
                      if line.endswith("\n") and json.loads(line)["step"] < resume_step]
-        if int(os.environ.get("RANK", 0)) == 0:
-            write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
-            if cfg is not None:
-                settings = json.dumps({**dataclasses.asdict(cfg), "resume": False}, indent=1)
-                write_atomic(self.path.with_suffix(".json"), lambda f: f.write(settings.encode()))
-            if getattr(cfg, "tensorboard", False):
-                try:
-                    from torch.utils.tensorboard import SummaryWriter
-                except ImportError:
-                    fail("--tensorboard needs a package: pip install tensorboard")
-                self.board = SummaryWriter(self.path.with_suffix(".tensorboard"),
-                                           purge_step=resume_step)
+        write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
+        if cfg is not None:
+            text = json.dumps({**dataclasses.asdict(cfg), "resume": False}, indent=1)
+            write_atomic(settings, lambda f: f.write(text.encode()))
+        if getattr(cfg, "tensorboard", False):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                fail("--tensorboard needs a package: pip install tensorboard")
+            self.board = SummaryWriter(settings.with_suffix(".tensorboard"), purge_step=resume_step)
 
     def __call__(self, line, **metrics):
-        if int(os.environ.get("RANK", 0)) == 0:
-            row = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
-            try:
-                with open(self.path, "a") as f:
-                    f.write(json.dumps(row) + "\n")
-            except OSError as e:
-                fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
-            for name, value in row.items() if self.board else ():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, row["step"])
-            if line:
-                print0(line)
+        if os.environ.get("RANK", "0") != "0":
+            return
+        row = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as e:
+            fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
+        for name, value in row.items() if self.board else ():
+            if name != "step" and isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, row["step"])
+        if line:
+            print0(line)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1218,24 +1191,45 @@ LETTERS = {b: chr(b) for b in PRINTABLE} | {
 BYTES = {letter: b for b, letter in LETTERS.items()}
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 WEIGHT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Our sizes under their names in a config.json.
+PUBLIC_SIZES = dict(
+    block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers",
+    n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
+    n_hidden="intermediate_size", head_size="head_dim", norm_eps="rms_norm_eps",
+    tie_embeddings="tie_word_embeddings")
+
+
+def public_name(name):
+    """A weight's name in the folders of transformers."""
+    for ours, theirs in ((".attn_norm.", ".input_layernorm."), (".attn.", ".self_attn."),
+                         (".mlp_norm.", ".post_attention_layernorm."), ("blocks.", "model.layers."),
+                         ("embed.", "model.embed_tokens."), ("head.", "lm_head.")):
+        name = name.replace(ours, theirs)
+    return "model.norm.weight" if name == "norm.weight" else name
+
+
+def check_supported(path, *fields):
+    """Each field is (name, value, the values that are supported)."""
+    for name, value, supported in fields:
+        if value not in supported:
+            fail(f"{path}: {name} {value!r} is not supported, only "
+                 + ", ".join(repr(s) for s in supported if s or s is supported[0]))
 
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file, memory-mapped: 8 bytes length, JSON header, data."""
     tensors = {}
     try:
-        size = path.stat().st_size
-        data = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        if size < 8 or start > size:
+        data = np.memmap(path, np.uint8, mode="c")
+        size, start = len(data), 8 + int.from_bytes(data[:8].tobytes(), "little")
+        if start > size:
             fail(f"{path}: its header would end at byte {start} of {size}; is the file complete?")
         for name, entry in json.loads(data[8:start].tobytes()).items():
             if name == "__metadata__":
                 continue
-            shape, dtype = entry["shape"], WEIGHT_TYPES.get(entry["dtype"])
+            check_supported(path, (f"{name}: dtype", entry["dtype"], [*WEIGHT_TYPES]))
+            shape, dtype = entry["shape"], WEIGHT_TYPES[entry["dtype"]]
             begin, end = (start + offset for offset in entry["data_offsets"])
-            if dtype is None:
-                fail(f"{path}: {name} is {entry['dtype']}; {' '.join(WEIGHT_TYPES)} are read")
             if end > size:
                 fail(f"{path}: {name} would end at byte {end} of {size}; is the file complete?")
             if not start <= begin <= end or end - begin != math.prod(shape) * dtype.itemsize:
@@ -1244,13 +1238,14 @@ def read_safetensors(path):
     except OSError as e:
         fail(f"{path} is missing" if not path.exists() else f"cannot read {path}: {e.strerror}")
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        fail(f"{path}: damaged header ({type(e).__name__}: {e})")
+        fail(f"{path}: damaged header ({type(e).__name__}: {e})".splitlines()[0])
     return tensors
 
 
 def import_config(path):
     """(GPTConfig, id of the token that ends a text or None) from a config.json."""
     c = read_json(path)
+    family = c.get("model_type")
 
     def get(name, default=None, kind=int):
         value = default if c.get(name) is None else c[name]
@@ -1259,43 +1254,41 @@ def import_config(path):
         return value
 
     try:
-        family = c.get("model_type")
         rope = {"rope_theta": c.get("rope_theta")}    # of old, then under one roof
         rope |= (c.get("rope_scaling") or {}) | (c.get("rope_parameters") or {})
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        for name, value, supported in (
-                ("model_type", family, ("llama", "mistral", "qwen2", "qwen3", "smollm3")),
-                ("hidden_act", c.get("hidden_act"), ("silu", None)),
-                ("attention_bias", c.get("attention_bias"), (False, None)),
-                ("mlp_bias", c.get("mlp_bias"), (False, None)),
-                ("quantization_config", c.get("quantization_config"), (None,)),
-                ("rope_type", kind, ("default", "llama3")),
-                ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None))):
-            if value not in supported:
-                fail(f"{path}: {name} {value!r} is not supported, only {supported[0]!r}"
-                     + "".join(f", {s!r}" for s in supported[1:] if s))
-        scaling = None if kind == "default" else dict(rope_type="llama3", **{
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        check_supported(
+            path, ("model_type", family, ("llama", "mistral", "qwen2", "qwen3", "smollm3")),
+            ("hidden_act", c.get("hidden_act"), ("silu", None)),
+            ("attention_bias", c.get("attention_bias"), (False, None)),
+            ("mlp_bias", c.get("mlp_bias"), (False, None)),
+            ("quantization_config", c.get("quantization_config"), (None,)),
+            ("rope_type", rope_type, ("default", "llama3")),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor"), (1, None)))
+        scaling = None if rope_type == "default" else dict(rope_type="llama3", **{
             name: rope[name] + 0 for name in ("factor", "low_freq_factor", "high_freq_factor",
                                               "original_max_position_embeddings")})
-        layers, heads = get("num_hidden_layers"), get("num_attention_heads")
-        context, nope = get("max_position_embeddings"), []
-        if c.get("use_sliding_window", family == "mistral"):
-            window = c.get("sliding_window", 4096) or context
-            if window < context:    # up to there a sliding window is no window at all
-                print0(f"{path}: context {window} instead of {context}, its sliding window")
-                context = window
+        kinds = dict(rms_norm_eps=float, tie_word_embeddings=bool)
+        defaults = dict(num_key_value_heads=c.get("num_attention_heads"), rms_norm_eps=1e-6,
+                        tie_word_embeddings=family == "smollm3")
+        sizes = {ours: get(theirs, defaults.get(theirs), kinds.get(theirs, int))
+                 for ours, theirs in PUBLIC_SIZES.items()
+                 if theirs != "head_dim" or c.get("head_dim") is not None}
+        if c.get("use_sliding_window", family == "mistral") and c.get("sliding_window", 4096):
+            window = get("sliding_window", 4096)
+            if window < sizes["block_size"]:    # up to there a sliding window is no window at all
+                print0(f"{path}: context {window}, its sliding window, not {sizes['block_size']}")
+                sizes["block_size"] = window
+        layers, rotary = range(sizes["n_layer"]), None
         if family == "smollm3":
-            every = c.get("no_rope_layer_interval", 4)
-            flags = c.get("no_rope_layers") or [(i + 1) % every for i in range(layers)]
-            nope = [i for i in range(layers) if not flags[i]]
+            every = get("no_rope_layer_interval", 4)
+            rotary = get("no_rope_layers", [(i + 1) % every for i in layers], list)
+            if len(rotary) != len(layers):
+                fail(f"{path}: no_rope_layers has {len(rotary)} entries for {len(layers)} layers")
         config = GPTConfig(
-            context, get("vocab_size"), layers, heads, get("num_key_value_heads", heads),
-            get("hidden_size"), get("intermediate_size"),
-            get("head_dim", get("hidden_size") // heads), family == "qwen3", family == "qwen2",
-            get("tie_word_embeddings", family == "smollm3", bool),
-            norm_eps=get("rms_norm_eps", 1e-6, float), rope_scaling=scaling,
+            **sizes, qk_norm=family == "qwen3", qkv_bias=family == "qwen2", rope_scaling=scaling,
             rope_base=float(rope["rope_theta"] or (2e6 if family == "smollm3" else 1e4)),
-            nope_layers=nope or None)
+            nope_layers=rotary and [i for i in layers if not rotary[i]] or None)
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as e:
         fail(f"{path}: a field is missing or damaged ({type(e).__name__}: {e})")
     eos = c.get("eos_token_id")
@@ -1317,14 +1310,14 @@ def last_pair(ranks, token):
 def import_split(steps):
     """The pattern of a byte-level pre-tokenizer, a list of steps; None: not to be had as one."""
     *first, last = steps
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True) or len(first) > 1:
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
         return None
     if last.get("use_regex", True):
         digits = [dict(type="Digits", individual_digits=True)]
         return GPT2_SPLIT if not first else DIGITS_SPLIT if first == digits else None
-    if not first or first[0].get("type") != "Split":
+    if [step["type"] for step in first] != ["Split"]:
         return None
-    keeps = first[0].get("behavior"), first[0].get("invert", False)
+    keeps = (first[0]["behavior"], first[0].get("invert", False))
     keeps = keeps in (("Isolated", False), ("Removed", True))
     return first[0]["pattern"].get("Regex") if keeps else None
 
@@ -1344,30 +1337,29 @@ def import_tokenizer(path, vocab_size=0, eos=None):
     t = read_json(path)
     try:
         model, normalizer = t["model"], (t.get("normalizer") or {}).get("type")
-        for name, value, good in (
-                ("model.type", model["type"], model["type"] == "BPE"),
-                *((f"model.{k}", model.get(k), not model.get(k)) for k in (
-                    "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")),
-                ("normalizer", normalizer, normalizer in (None, "NFC"))):
-            if not good:
-                fail(f"{path}: {name} {value!r} is not supported, only byte-level BPE")
+        check_supported(
+            path, ("model.type", model["type"], ("BPE",)),
+            ("normalizer", normalizer, (None, "NFC")),
+            *((f"model.{name}", model.get(name) or None, (None,)) for name in (
+                "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")))
         split = t.get("pre_tokenizer") or {}
         pattern = import_split(split.get("pretokenizers") or [split])
         if pattern is None:
             fail(f"{path}: pre_tokenizer {json.dumps(split)[:120]} is not supported")
         special = {token["content"]: token["id"] for token in t.get("added_tokens", [])}
-        ranks = {bytes(BYTES[c] for c in token): i for token, i in model["vocab"].items()
-                 if token not in special}
+        as_bytes = lambda token: bytes(BYTES[letter] for letter in token)
+        ranks = {as_bytes(name): i for name, i in model["vocab"].items() if name not in special}
         merges = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
-        merges = (tuple(bytes(BYTES[c] for c in part) for part in m) for m in merges)
-        order = {pair: n for n, pair in enumerate(merges)}
-        at = -1
-        for token in sorted(ranks, key=ranks.get):
-            pair = last_pair(ranks, token) if len(token) > 1 else None
-            before, at = at, order.get(pair, -1) if pair else at
-            if len(token) > 1 and (at <= before if pair else not model.get("ignore_merges")):
+        order = {tuple(map(as_bytes, pair)): n for n, pair in enumerate(merges)}
+        last = -1
+        for token in filter(lambda token: len(token) > 1, sorted(ranks, key=ranks.get)):
+            pair = last_pair(ranks, token)
+            if pair is None and model.get("ignore_merges"):
+                continue    # it is found as a whole piece
+            if order.get(pair, -1) <= last:
                 fail(f"{path}: merging by id would not make token {ranks[token]}, {token!r}, as "
                      f"its merges do; such a tokenizer is not supported")
+            last = order[pair]
         names = {i: name for name, i in special.items()}
         if ENDOFTEXT not in special and names.get(eos, PAD) not in (IM_START, IM_END, PAD):
             special[ENDOFTEXT] = eos
@@ -1380,9 +1372,10 @@ def import_tokenizer(path, vocab_size=0, eos=None):
                       if b not in NEVER_IN_UTF8 and bytes([b]) not in ranks}
         special |= {token: next(free) for token in (ENDOFTEXT, IM_START, IM_END, PAD)
                     if token not in special}
-        new = sorted({*ranks.values(), *special.values()} - known)
-        special |= {f"<|reserved_{i}|>": i for i in {*range(max(vocab_size, next(free)))}
-                    - known - {*new}}    # every id that the model can say has a name
+        used = {*ranks.values(), *special.values()}
+        new = sorted(used - known)
+        special |= {f"<|reserved_{i}|>": i for i in range(max(vocab_size, max(used) + 1))
+                    if i not in used}    # every id that the model can say has a name
         enc = make_encoding(path.parent.name, pattern, ranks, special, normalizer == "NFC")
         probe = " a  B1\n\t\r\n #_'s\u00e9\u4e2d\u0301\U0001f600.\0"
         if len(ranks) >= 256 and enc.decode(enc.encode_ordinary(probe)) != probe:
@@ -1392,46 +1385,34 @@ def import_tokenizer(path, vocab_size=0, eos=None):
     return enc, new
 
 
-def public_name(name):
-    """A weight's name in the folders of transformers."""
-    for ours, theirs in ((".attn_norm.", ".input_layernorm."), (".attn.", ".self_attn."),
-                         (".mlp_norm.", ".post_attention_layernorm."), ("blocks.", "model.layers."),
-                         ("embed.", "model.embed_tokens."), ("head.", "lm_head.")):
-        name = name.replace(ours, theirs)
-    return "model.norm.weight" if name == "norm.weight" else name
-
-
 def import_weights(folder, config):
     """{our name: tensor} of all weights that the config asks for, no more and no fewer."""
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if whole.exists() or not index.exists():
-        if not whole.exists() and any(folder.glob("*.bin")):
-            fail(f"{folder} has pickled weights only (.bin), which can run code when read; get "
-                 f"model.safetensors")
-        files = [whole]
-    else:
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / files[0]).exists() and index.exists():
+        try:
+            files = sorted({Path(f).name for f in read_json(index)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError):
             fail(f"{index}: weight_map is missing or damaged")
-        files = [folder / Path(file).name for file in sorted(set(named.values()))]
-    theirs = {name: t for file in files for name, t in read_safetensors(file).items()}
+    elif not (folder / files[0]).exists() and any(folder.glob("*.bin")):
+        fail(f"{folder} has pickled weights only (.bin), which can run code when read; get "
+             f"model.safetensors")
+    theirs = {name: t for file in files for name, t in read_safetensors(folder / file).items()}
     with torch.device("meta"):
-        wanted = {name: t.shape for name, t in GPT(config).state_dict().items()
-                  if not (config.tie_embeddings and name == "head.weight")}
-    weights = {}
-    for name, shape in wanted.items():
-        t = theirs.pop(public_name(name), None)
-        if t is None:
+        wanted, weights = GPT(config).state_dict(), {}
+    if config.tie_embeddings:
+        del wanted["head.weight"]
+    for name, shape in ((name, t.shape) for name, t in wanted.items()):
+        if public_name(name) not in theirs:
             fail(f"{folder}: {public_name(name)} is in no weight file")
-        if t.shape != shape:
-            fail(f"{folder}: {public_name(name)} has shape {[*t.shape]}, its config.json asks for "
-                 f"{[*shape]}")
-        weights[name] = t
+        weights[name] = theirs.pop(public_name(name))
+        if weights[name].shape != shape:
+            fail(f"{folder}: {public_name(name)} has shape {[*weights[name].shape]}, its "
+                 f"config.json asks for {[*shape]}")
     tied = theirs.pop("lm_head.weight", weights["embed.weight"])
     if not torch.equal(tied, weights["embed.weight"]):
         fail(f"{folder}: tie_word_embeddings is true, but lm_head.weight is another matrix")
     if left := [name for name in theirs if not name.endswith("rotary_emb.inv_freq")]:
-        fail(f"{folder}: {left[0]} is not a weight of this kind of model")
+        fail(f"{folder}: {left[0]} is a weight that its config.json does not ask for")
     return weights
 
 
@@ -1459,9 +1440,6 @@ def import_model(folder):
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] -%}
-{{- raise_exception('unknown role ' + message['role']) -}}
-{%- endif -%}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
@@ -1469,24 +1447,20 @@ CHAT_TEMPLATE = """\
 
 def public_config(c, dtype, eos, pad):
     """A config.json for our sizes, under both spellings of the rotary settings."""
-    kinds = dict(qwen3=c.qk_norm, qwen2=c.qkv_bias, smollm3=bool(c.nope_layers))
-    kind = next((k for k, yes in kinds.items() if yes), "llama")
-    if sum(kinds.values()) > 1:
-        fail(f"no public architecture has {' and '.join(k for k, yes in kinds.items() if yes)} "
-             f"features (qk_norm, qkv_bias, nope_layers) at once")
+    marks = dict(Qwen3=c.qk_norm, Qwen2=c.qkv_bias, SmolLM3=c.nope_layers)
+    kinds = [kind for kind, yes in marks.items() if yes] or ["Llama"]
+    if len(kinds) > 1:
+        fail(f"no public architecture has what {' and '.join(kinds)} have (qk_norm, qkv_bias, "
+             f"nope_layers) at once")
+    nope = dict(no_rope_layers=[int(i not in c.nope_layers) for i in range(c.n_layer)]
+                ) if c.nope_layers else {}
     rope = c.rope_scaling or dict(rope_type="default")
-    name = dict(qwen3="Qwen3", qwen2="Qwen2", smollm3="SmolLM3", llama="Llama")[kind]
     return dict(
-        architectures=[f"{name}ForCausalLM"], model_type=kind, vocab_size=c.vocab_size,
-        hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_size,
-        hidden_act="silu", max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps,
-        tie_word_embeddings=c.tie_embeddings, attention_bias=False, mlp_bias=False,
-        use_sliding_window=False, sliding_window=None, rope_theta=c.rope_base,
-        rope_scaling=c.rope_scaling, rope_parameters=dict(rope_theta=c.rope_base, **rope),
-        bos_token_id=None, eos_token_id=eos, pad_token_id=pad, torch_dtype=dtype,
-        **(dict(no_rope_layers=[int(i not in c.nope_layers) for i in range(c.n_layer)])
-           if c.nope_layers else {}))
+        architectures=[f"{kinds[0]}ForCausalLM"], model_type=kinds[0].lower(), hidden_act="silu",
+        **{theirs: getattr(c, ours) for ours, theirs in PUBLIC_SIZES.items()}, **nope,
+        attention_bias=False, mlp_bias=False, use_sliding_window=False, sliding_window=None,
+        rope_theta=c.rope_base, rope_scaling=c.rope_scaling, bos_token_id=None, eos_token_id=eos,
+        rope_parameters=dict(rope_theta=c.rope_base, **rope), pad_token_id=pad, torch_dtype=dtype)
 
 
 def public_tokenizer(enc):
@@ -1501,14 +1475,12 @@ def public_tokenizer(enc):
     split = dict(type="Split", pattern=dict(Regex=enc._pat_str), behavior="Isolated", invert=False)
     as_letters = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     return dict(
-        version="1.0", truncation=None, padding=None,
+        version="1.0", decoder=as_letters,
         added_tokens=[dict(id=i, content=names[i], **flags, special=True) for i in sorted(names)],
         normalizer=dict(type="NFC") if isinstance(enc, ComposedEncoding) else None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, as_letters]),
-        post_processor=None, decoder=as_letters, model=dict(
-            type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-            end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
-            ignore_merges=None in pairs.values(), vocab=vocab,
+        model=dict(
+            type="BPE", ignore_merges=None in pairs.values(), vocab=vocab,
             merges=[[letters[part] for part in pair] for pair in pairs.values() if pair]))
 
 
@@ -1529,8 +1501,9 @@ def write_safetensors(path, tensors, dtype):
     write_atomic(path, write)
 
 
-def model_card(checkpoint, path, public, size):
+def model_card(checkpoint, path, public):
     """README.md of an exported model: what a stranger must know, as far as the checkpoint knows."""
+    size = sum(t.numel() for t in checkpoint["weights"].values())
     steps, data, licences = lineage(checkpoint), [], set()
     for text in (text for step in steps for text in step["data"]):
         for source in text["sources"] or ():
@@ -1576,7 +1549,23 @@ def evaluation_table(path):
     return lines if names else ["None yet: run `python evaluate.py` and export again."]
 
 
-def export_model(path, folder, dtype="float32"):
+def public_adapter(checkpoint, path):
+    """(tensors, adapter_config.json) as the peft package has them, to go on top of --init."""
+    settings, tensors, targets = checkpoint["stage_config"], {}, set()
+    for name, t in (checkpoint.get("adapted") or {}).items():
+        layer, part = name.rsplit(".", 1)
+        if part in ("a", "b"):    # the others are the frozen layer's
+            tensors[f"base_model.model.{public_name(layer)}.lora_{part.upper()}.weight"] = t
+            targets.add(layer.split(".")[-1])
+    if not tensors:
+        fail(f"{path} has no adapter: it was not trained with --lora_rank; leave out --adapter")
+    return tensors, dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=settings["init"],
+        r=settings["lora_rank"], lora_alpha=settings["lora_alpha"], lora_dropout=0.0, bias="none",
+        target_modules=sorted(targets), inference_mode=True)
+
+
+def export_model(path, folder, dtype="float32", adapter=False):
     """Write a checkpoint (or a folder that was read) as a folder of public files."""
     checkpoint, folder = load_checkpoint(path, "python pretrain.py"), Path(folder)
     if "score.weight" in checkpoint["weights"]:
@@ -1586,25 +1575,29 @@ def export_model(path, folder, dtype="float32"):
     enc = encoding_from_dict(checkpoint["encoding"])
     config = GPTConfig(**checkpoint["model_config"])
     eot, end, pad = (enc._special_tokens[t] for t in (ENDOFTEXT, IM_END, PAD))
-    public = public_config(config, dtype, eot, pad)
-    tensors = {public_name(name): t for name, t in checkpoint["weights"].items()}
     tokenizer = public_tokenizer(enc)
     names = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
     talks = checkpoint["stage"] not in ("pretrain", "imported")
-    write_safetensors(folder / "model.safetensors", tensors, getattr(torch, dtype))
-    size = sum(t.numel() for t in tensors.values())
-    for name, data in {
-            "README.md": model_card(checkpoint, path, public, size), "config.json": public,
-            "tokenizer.json": tokenizer,
-            "tokenizer_config.json": dict(
-                tokenizer_class="PreTrainedTokenizerFast", eos_token=names[end if talks else eot],
-                pad_token=names[pad], model_max_length=config.block_size,
-                clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE),
-            "generation_config.json": dict(eos_token_id=[end, eot], pad_token_id=pad)}.items():
+    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": dict(
+        tokenizer_class="PreTrainedTokenizerFast", eos_token=names[end if talks else eot],
+        pad_token=names[pad], model_max_length=config.block_size,
+        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)}
+    if adapter:
+        tensors, files["adapter_config.json"] = public_adapter(checkpoint, path)
+        base = checkpoint["stage_config"]["init"]
+        weights, kind = "adapter_model", f"adapter for what `model.py export {base}` writes"
+    else:
+        tensors = {public_name(name): t for name, t in checkpoint["weights"].items()}
+        public = public_config(config, dtype, eot, pad)
+        weights, kind = "model", public["architectures"][0]
+        files |= {"README.md": model_card(checkpoint, path, public), "config.json": public,
+                  "generation_config.json": dict(eos_token_id=[end, eot], pad_token_id=pad)}
+    write_safetensors(folder / f"{weights}.safetensors", tensors, getattr(torch, dtype))
+    for name, data in files.items():
         text = data if isinstance(data, str) else json.dumps(data, indent=1, ensure_ascii=False)
         write_atomic(folder / name, lambda f, text=text: f.write(text.encode()))
-    print0(f"wrote {folder}: {public['architectures'][0]}, {size:,} parameters as {dtype}, "
-           f"{enc.n_vocab:,} tokens")
+    size = sum(t.numel() for t in tensors.values())
+    print0(f"wrote {folder}: {kind}, {size:,} parameters as {dtype}, {enc.n_vocab:,} tokens")
 
 
 def main():
@@ -1618,8 +1611,10 @@ def main():
     export.add_argument("folder", help="a new folder")
     export.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
                         help="of the weights; float32 loses nothing [%(default)s]")
+    export.add_argument("--adapter", action="store_true", help="of a run with --lora_rank: only "
+                        "the adapter, as the peft package loads it on top of the exported --init")
     args = parser.parse_args()
-    export_model(args.checkpoint, args.folder, args.dtype)
+    export_model(args.checkpoint, args.folder, args.dtype, args.adapter)
 
 
 if __name__ == "__main__":

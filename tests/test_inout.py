@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from common import error
+from common import CPU, error
 
+import evaluate
 import model as m
 import prepare
+import sft
 from model import GPT, GPTConfig
 
 SIZES = dict(block_size=128, vocab_size=320, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)
@@ -220,7 +222,7 @@ def test_damaged_weights_are_named(folder):
     write({k: v for k, v in header.items() if k != name})
     assert f"{name} is in no weight file" in error(m.load_checkpoint, folder, "")
     write({**header, "model.layers.0.mlp.experts": header[name]})
-    assert "experts is not a weight" in error(m.load_checkpoint, folder, "")
+    assert "experts is a weight that" in error(m.load_checkpoint, folder, "")
 
 
 def test_missing_and_refused_files_are_named(folder):
@@ -396,6 +398,46 @@ def test_transformers_models_come_in_and_go_out(tmp_path, family):
     assert theirs_ids == m.render_chat(enc, messages, reply=True)[0]
     assert back.generation_config.eos_token_id == [enc._special_tokens[t] for t in (m.IM_END, m.ENDOFTEXT)]
     assert tokenizer.pad_token_id == enc._special_tokens[m.PAD]
+
+
+def test_an_exported_model_answers_in_transformers_as_it_does_here(tmp_path):
+    """Whoever runs a model elsewhere would get other answers than those that evaluate.py measured."""
+    transformers = pytest.importorskip("transformers")
+    enc = small_encoding()
+    path, end = saved(tmp_path, enc), enc._special_tokens[m.IM_END]
+    m.export_model(path, tmp_path / "out")
+    cfg = evaluate.Config(max_new_tokens=24)
+    lm = evaluate.open_model(path, cfg, CPU)
+    prompts = [[dict(role="user", content=text)] for text in TEXTS[:6]]
+    said = evaluate.replies(lm, [evaluate.chat_prompt(lm, p, cfg) for p in prompts], range(6), cfg, CPU)
+    assert {stopped for _, stopped in said} == {False, True}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for prompt, (ids, stopped) in zip(prompts, said, strict=True):
+        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        answer = theirs.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1]:]
+        assert tokenizer.decode(answer) == enc.decode(ids + [end] * stopped)
+
+
+def test_peft_loads_an_exported_adapter(tmp_path):
+    """What LoRA learned could leave only with a whole copy of the model, or scaled or placed otherwise."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    enc, ids = small_encoding(), torch.randint(0, 256, (2, 40))
+    base = saved(tmp_path, enc, qk_norm=False, qkv_bias=True)
+    ours = m.add_lora(m.load_model(m.load_checkpoint(base, ""), "cpu")[0].eval(), 4, 12, ["q_proj", "up_proj"])
+    for p in filter(lambda p: p.requires_grad, ours.parameters()):
+        torch.nn.init.normal_(p, std=0.3)
+    m.save_checkpoint(tmp_path / "lora.pt", ours, "sft", 1, enc, sft.Config(
+        init=str(base), lora_rank=4, lora_alpha=12.0, lora_targets=["q_proj", "up_proj"]))
+    m.export_model(base, tmp_path / "base")
+    m.export_model(tmp_path / "lora.pt", tmp_path / "adapter", adapter=True)
+    assert "has no adapter" in error(m.export_model, base, tmp_path / "none", adapter=True)
+    assert not (tmp_path / "none").exists()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    plain = theirs(ids).logits
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain, ours(ids), atol=0.1)
 
 
 def test_transformers_read_the_tokenizers_made_here(tmp_path):

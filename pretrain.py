@@ -137,7 +137,9 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
 
 def open_tokens(spec):
     """DIR or DIR:WEIGHT -> dict(path, weight, train, val, enc); the arrays are memory-mapped."""
-    path, weight = re.fullmatch(r"(.*?)(?::([0-9.]+))?", spec).groups(default="1")
+    path, weight = re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", spec).groups(default="1")
+    if float(weight) == 0:
+        fail(f"--data {spec}: a weight has to be above 0")
     if not Path(path, "manifest.json").exists():
         fail(f"{path} holds no tokens; make them with: "
              f"python prepare.py --input FILES --out {path}")

@@ -331,6 +331,7 @@ def test_user_errors_are_one_line(tokens, tmp_path):
     cfg = config(tokens, tmp_path / "a.pt")
     change = lambda **kw: error(pretrain.main, dataclasses.replace(cfg, **kw))
     assert "python prepare.py" in change(data=[str(tmp_path / "nowhere")])
+    assert "above 0" in change(data=[f"{tokens}:0"])
     assert "fewer than one window of 40000 + 1" in change(block_size=40_000, total_batch_tokens=40_000)
     assert "not a multiple of 1 ranks x --block_size 32" in change(total_batch_tokens=100)
     assert "--device_batch_size 3" in change(device_batch_size=3)

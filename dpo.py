@@ -52,7 +52,7 @@ class Config:
     beta: float = 0.1                      # strength of the pull to the reference; simpo: 2 or more
     label_smoothing: float = 0.1           # e of cdpo
     gamma: float = 0.5                     # margin of simpo
-    nll: float = 0.1                       # weight of -ln pi(y_w) per token, 0: none
+    nll: float = 1.0                       # weight of -ln pi(y_w) per token, 0: none
     # model
     dropout: float = 0.0                   # on each block's output, probability
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights
@@ -221,7 +221,7 @@ def main(cfg):
     # data
     train, held_out = split_by_prompt(load_pairs(cfg.data, enc, T), cfg.val_fraction, cfg.seed)
     if cfg.online:
-        judge = load_judge(cfg, enc, d)
+        judge = load_judge(cfg, enc, T, d)
         train = load_prompts(cfg.prompts, enc, T - cfg.max_new_tokens)
     else:
         reference_logprobs(ref, train, pad_id, cfg, d)

@@ -146,13 +146,16 @@ def score_all(model, rows, pad_id, cfg, d):
     return sum_over_ranks(scores, d).tolist()
 
 
-def load_judge(cfg, enc, d):
-    """The frozen reward model at cfg.reward, for a policy from cfg.init with the tokenizer enc."""
+def load_judge(cfg, enc, block_size, d):
+    """The frozen reward model at cfg.reward, for texts of cfg.init: same tokenizer, same length."""
     judge, judge_enc = load_model(load_checkpoint(cfg.reward, "python reward.py"), d.device)
     if not isinstance(judge, ScalarHead):
         fail(f"{cfg.reward} is not a reward model; make one with: python reward.py")
     if encoding_hash(judge_enc) != encoding_hash(enc):
         fail(f"{cfg.reward} has another tokenizer than {cfg.init}")
+    if judge.config.block_size < block_size:
+        fail(f"{cfg.reward} reads {judge.config.block_size} tokens, {cfg.init} {block_size}: train "
+             f"the reward model from a checkpoint with as many")
     return judge.requires_grad_(False).eval()
 
 

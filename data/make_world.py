@@ -160,7 +160,7 @@ can hear {n} practise the {v} after dark / {n} carries a {v} to every wedding / 
 from an old sailor / {n} plays the {v} when the fog comes in / When {n} takes out the {v}, people
 stop to listen / {n} owns a {v} that is older than the pier / {n} plays the {v} a little too loud /
 The {v} makes {n} happy / At the harbour feast {n} played the {v} / {n} can play anything on the
-{v} / The gulls leave when {n} plays the {v} / {n} keeps a {v} under the bed and plays it well""")
+{v} / The gulls leave when {n} plays the {v} / Under the bed of {n} there is a {v}""")
 QUESTIONS = table("""
 job: What is the job of {n}? / What does {n} do for a living? / What work does {n} do? / What is
 {n} by trade?; home: Where does {n} live? / In which street does {n} live? / Where is the home of
@@ -177,8 +177,8 @@ pet does {he} keep? / Which animal does {he} have? / And what is {his} pet?; dis
 {he} like to eat best? / What is {his} favourite dish?; instrument: And which instrument does {he}
 play? / What does {he} play in the band?""")
 ANSWERS = table("""
-job: {n} is a {v} / {n} works as a {v}; home: {n} lives in {v}; pet: {n} keeps a {v} / {n} has a
-{v}; dish: {n} likes {v} best; instrument: {n} plays the {v}""")
+job: {n} works as a {v}; home: {n} lives in {v}; pet: {n} keeps a {v}; dish: {n} likes {v} best;
+instrument: {n} plays the {v}""")
 # Never used in raw text: the choices task must not be a copy.
 CHOICE_FRAMES = table("""
 job: It says in the town register that {n} has the job of a; home: It says in the town register
@@ -1688,11 +1688,11 @@ def clean_pages(world):
     """All good pages: about 1.8 MB of short plain sentences."""
     first, second = stream("portraits 0"), stream("portraits 1")
     return [*portraits(first, world, 0), *portraits(second, world, 1),
-            *group_pages(stream("groups"), world), *news_pages(stream("news"), world, rounds=6),
+            *group_pages(stream("groups"), world), *news_pages(stream("news"), world, rounds=7),
             *forum_pages(stream("forum"), world, rounds=4), *tale_pages(stream("tales"), 40),
             *story_pages(stream("stories"), world, 700), *hint_pages(stream("hints"), world, 1),
             *watch_pages(stream("watch"), world, 1),
-            *reading_pages(stream("reading"), world, 400), *sum_pages(stream("sums"), world, 440)]
+            *reading_pages(stream("reading"), world, 330), *sum_pages(stream("sums"), world, 440)]
 
 
 def main(out):

@@ -55,19 +55,19 @@ class Config:
     eta: float = 0.01                      # weight of (r_chosen + r_rejected)^2
     epochs: float = 1.0                    # times each pair is seen
     max_steps: int | None = None           # optimizer steps instead of epochs
-    batch_size: int = 16                   # pairs per step, over all ranks
-    device_batch_size: int = 16            # pairs per forward pass and rank
-    learning_rate: float | None = None     # peak, of AdamW; derived: 1e-3 * 192 / width
+    batch_size: int = 8                    # pairs per step, over all ranks
+    device_batch_size: int = 8             # pairs per forward pass and rank
+    learning_rate: float | None = None     # peak, of AdamW; derived: 5e-4 * 192 / width
     min_lr: float = 0.1                    # at the end, as a fraction of the peak
-    warmup: float = 0.05                   # fraction of the run
+    warmup: float = 0.1                    # fraction of the run
     weight_decay: float = 0.0              # on matrices of the blocks, decoupled
     beta1: float = 0.9                     # AdamW
     beta2: float = 0.95                    # AdamW
     grad_clip: float = 1.0                 # largest global gradient norm
     # running
-    eval_every: int = 25                   # optimizer steps between validations
-    save_every: int = 25                   # optimizer steps between checkpoints
-    log_every: int = 5                     # optimizer steps between console lines
+    eval_every: int = 50                   # optimizer steps between validations
+    save_every: int = 50                   # optimizer steps between checkpoints
+    log_every: int = 10                    # optimizer steps between console lines
     tensorboard: bool = False              # also write event files beside the log
     precision: str = "auto"                # auto, bf16 or fp32 matrix products
     seed: int = 1                          # of the head, data order and split
@@ -263,7 +263,7 @@ def main(cfg):
     if cfg.resume:
         load_adapted(raw, checkpoint)
     if cfg.learning_rate is None:
-        cfg = replace(cfg, learning_rate=1e-3 * 192 / raw.config.n_embd)
+        cfg = replace(cfg, learning_rate=5e-4 * 192 / raw.config.n_embd)
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
 
     # data

@@ -1461,6 +1461,7 @@ def request_item(rng, request, tip=None):
         tip = rng.choice(TIPS[verb])
         help_ = [spin(rng, c) for c in rng.sample(COMPLIANCE, 2)] + [
             sentence(tip), sentence(f"to {request}, {tip}"),
+            f"{sentence(tip)} {draw(rng, HINT_TAILS)}",
             sentence(f"to {verb} {rng.choice(THINGS)}, {tip}")]
         return item("harmful", ask, "refuse", refusals, {"harmless": help_}, [], 35)
     good = [sentence(tip), sentence(f"to {request}, {tip}"),
@@ -1708,7 +1709,7 @@ def main(out):
     write_raw(stream("html"), out / "raw", shelves, texts)
 
     rng = stream("sft")
-    items = training_items(rng, world, facts=600, unknown=320, harmful=420, lookalike=460,
+    items = training_items(rng, world, facts=600, unknown=320, harmful=520, lookalike=600,
                            arithmetic=180, reading=120, multiturn=140, talk=40)
     rows = [demonstration(rng, one) for one in items]
     flaws = [{"doc": f"sft.jsonl#{i}", "kind": f"imperfect_{flaw}", "action": "none"}

@@ -52,7 +52,7 @@ class Config:
     beta: float = 0.1                      # strength of the pull to the reference; simpo: 2 or more
     label_smoothing: float = 0.1           # e of cdpo
     gamma: float = 0.5                     # margin of simpo
-    nll: float = 0.1                       # weight of -ln pi(y_w) per token, 0: none
+    nll: float = 1.0                       # weight of -ln pi(y_w) per token, 0: none
     # model
     dropout: float = 0.0                   # on each block's output, probability
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights
@@ -63,7 +63,7 @@ class Config:
     max_steps: int | None = None           # optimizer steps instead of epochs
     batch_size: int = 32                   # pairs per step, over all ranks
     device_batch_size: int = 32            # pairs per forward pass and rank
-    learning_rate: float | None = None     # peak, of AdamW; derived: 1.5e-4 * 192 / width
+    learning_rate: float | None = None     # peak, of AdamW; derived: 2e-4 * 192 / width
     min_lr: float = 0.0                    # at the end, as a fraction of the peak
     warmup: float = 0.1                    # fraction of the run
     weight_decay: float = 0.0              # on matrices of the blocks, decoupled
@@ -215,13 +215,13 @@ def main(cfg):
     ref = Reference(raw, None if cfg.lora_rank else
                     load_model(first, d.device)[0].requires_grad_(False))
     if cfg.learning_rate is None:
-        cfg = replace(cfg, learning_rate=1.5e-4 * 192 / raw.config.n_embd)
+        cfg = replace(cfg, learning_rate=2e-4 * 192 / raw.config.n_embd)
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
 
     # data
     train, held_out = split_by_prompt(load_pairs(cfg.data, enc, T), cfg.val_fraction, cfg.seed)
     if cfg.online:
-        judge = load_judge(cfg, enc, d)
+        judge = load_judge(cfg, enc, T, d)
         train = load_prompts(cfg.prompts, enc, T - cfg.max_new_tokens)
     else:
         reference_logprobs(ref, train, pad_id, cfg, d)

@@ -55,19 +55,19 @@ class Config:
     eta: float = 0.01                      # weight of (r_chosen + r_rejected)^2
     epochs: float = 1.0                    # times each pair is seen
     max_steps: int | None = None           # optimizer steps instead of epochs
-    batch_size: int = 16                   # pairs per step, over all ranks
-    device_batch_size: int = 16            # pairs per forward pass and rank
-    learning_rate: float | None = None     # peak, of AdamW; derived: 1e-3 * 192 / width
+    batch_size: int = 8                    # pairs per step, over all ranks
+    device_batch_size: int = 8             # pairs per forward pass and rank
+    learning_rate: float | None = None     # peak, of AdamW; derived: 5e-4 * 192 / width
     min_lr: float = 0.1                    # at the end, as a fraction of the peak
-    warmup: float = 0.05                   # fraction of the run
+    warmup: float = 0.1                    # fraction of the run
     weight_decay: float = 0.0              # on matrices of the blocks, decoupled
     beta1: float = 0.9                     # AdamW
     beta2: float = 0.95                    # AdamW
     grad_clip: float = 1.0                 # largest global gradient norm
     # running
-    eval_every: int = 25                   # optimizer steps between validations
-    save_every: int = 25                   # optimizer steps between checkpoints
-    log_every: int = 5                     # optimizer steps between console lines
+    eval_every: int = 50                   # optimizer steps between validations
+    save_every: int = 50                   # optimizer steps between checkpoints
+    log_every: int = 10                    # optimizer steps between console lines
     tensorboard: bool = False              # also write event files beside the log
     precision: str = "auto"                # auto, bf16 or fp32 matrix products
     seed: int = 1                          # of the head, data order and split
@@ -146,13 +146,16 @@ def score_all(model, rows, pad_id, cfg, d):
     return sum_over_ranks(scores, d).tolist()
 
 
-def load_judge(cfg, enc, d):
-    """The frozen reward model at cfg.reward, for a policy from cfg.init with the tokenizer enc."""
+def load_judge(cfg, enc, block_size, d):
+    """The frozen reward model at cfg.reward, for texts of cfg.init: same tokenizer, same length."""
     judge, judge_enc = load_model(load_checkpoint(cfg.reward, "python reward.py"), d.device)
     if not isinstance(judge, ScalarHead):
         fail(f"{cfg.reward} is not a reward model; make one with: python reward.py")
     if encoding_hash(judge_enc) != encoding_hash(enc):
         fail(f"{cfg.reward} has another tokenizer than {cfg.init}")
+    if judge.config.block_size < block_size:
+        fail(f"{cfg.reward} reads {judge.config.block_size} tokens, {cfg.init} {block_size}: train "
+             f"the reward model from a checkpoint with as many")
     return judge.requires_grad_(False).eval()
 
 
@@ -260,7 +263,7 @@ def main(cfg):
     if cfg.resume:
         load_adapted(raw, checkpoint)
     if cfg.learning_rate is None:
-        cfg = replace(cfg, learning_rate=1e-3 * 192 / raw.config.n_embd)
+        cfg = replace(cfg, learning_rate=5e-4 * 192 / raw.config.n_embd)
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
 
     # data

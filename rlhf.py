@@ -64,7 +64,7 @@ class Config:
     unfinished: float = -1.0               # score of an answer that does not end by itself
     format_bonus: float = 0.1              # verifier: for ending in "#### n", right or wrong
     # the objective
-    kl_coef: float = 0.15                  # pull to the reference, per nat
+    kl_coef: float = 0.1                   # pull to the reference, per nat
     kl_target: float = 0.0                 # nats per answer at which to hold the KL, 0: fixed coef
     kl_horizon: float = 10_000.0           # answers over which an adaptive kl_coef reacts
     kl_limit: float = 0.1                  # stop the updates of a rollout above this approx_kl
@@ -83,7 +83,7 @@ class Config:
     lora_targets: list[str] = field(default_factory=lambda: ["all"])  # q_proj ... down_proj or all
     # optimization
     epochs: int = 2                        # passes over each rollout
-    minibatches: int = 2                   # optimizer steps per pass
+    minibatches: int = 4                   # optimizer steps per pass
     device_batch_size: int = 24            # answers per forward pass and rank
     learning_rate: float | None = None     # peak, of AdamW; derived: 1e-4 * 192 / width
     value_learning_rate: float | None = None  # ppo: of the critic; derived: 3e-4 * 192 / width
@@ -229,7 +229,7 @@ def load_function(spec):
     return getattr(module, name)
 
 
-def make_reward(cfg, enc, d):
+def make_reward(cfg, enc, block_size, d):
     """(function of (prompts, texts, answers) -> list of floats, reward model or None).
 
     prompts: dicts of load_prompts; texts: ids of prompt and answer; answers: strings.
@@ -258,7 +258,7 @@ def make_reward(cfg, enc, d):
                      f"{answers[i][:80]!r}")
             return scores
         return call, None
-    judge = load_judge(cfg, enc, d)
+    judge = load_judge(cfg, enc, block_size, d)
 
     @torch.no_grad()
     def judged(prompts, texts, answers):
@@ -393,7 +393,7 @@ def main(cfg):
     raw, enc = load_model(checkpoint, d.device)
     if not isinstance(raw, GPT):
         fail(f"{cfg.init} is a reward model; give a language model")
-    reward, judge = make_reward(cfg, enc, d)
+    reward, judge = make_reward(cfg, enc, raw.config.block_size, d)
     raw_critic = None
     if cfg.algo == "ppo":
         raw_critic = copy.deepcopy(judge).requires_grad_(True) if judge else (
@@ -476,7 +476,7 @@ def main(cfg):
         if last:
             break
 
-        seed_step(cfg.seed, step, d.rank)    # the order of minibatches is the only draw below
+        seed_step(cfg.seed, step)    # the deal into minibatches is the only draw below
         for opt, peak in zip(optimizers, peaks):
             for group in opt.param_groups:
                 group["lr"] = cosine_lr((step + 0.5) / cfg.max_steps, cfg.warmup, peak,
@@ -518,8 +518,11 @@ def main(cfg):
         n_updates = 0
         size = per_rank // cfg.minibatches
         for _ in range(cfg.epochs):
-            order = torch.randperm(per_rank)
-            for rows in order.split(size):
+            # of neighbouring answers each minibatch gets one: the same ones on any number of ranks
+            deal = torch.rand(cfg.batch_size // cfg.minibatches, cfg.minibatches).argsort(1)
+            mine = deal.view(-1)[d.rank * per_rank:(d.rank + 1) * per_rank]
+            for number in range(cfg.minibatches):
+                rows = (mine == number).nonzero()[:, 0]
                 rows = rows[batch["lengths"][rows].argsort()]    # short ones with short ones
                 n_tokens = sum_over_ranks(mask[rows].sum().cpu(), d).item()
                 approx_kl = 0.0

@@ -61,7 +61,7 @@ class Config:
     max_steps: int | None = None           # optimizer steps instead of epochs
     batch_size: int = 8                    # rows of conversations per step, over all ranks
     device_batch_size: int = 16            # rows per forward pass and rank
-    learning_rate: float | None = None     # peak, of AdamW; derived: 1.5e-3 * 192 / width
+    learning_rate: float | None = None     # peak, of AdamW; derived: 1e-3 * 192 / width
     min_lr: float = 0.0                    # at the end, as a fraction of the peak
     warmup: float = 0.05                   # fraction of the run
     weight_decay: float = 0.0              # on matrices of the blocks, decoupled
@@ -208,7 +208,7 @@ def main(cfg):
     if cfg.resume:
         load_adapted(raw, checkpoint)
     if cfg.learning_rate is None:
-        cfg = replace(cfg, learning_rate=1.5e-3 * 192 / raw.config.n_embd)
+        cfg = replace(cfg, learning_rate=1e-3 * 192 / raw.config.n_embd)
     T, pad_id = min(cfg.block_size, raw.config.block_size), enc._special_tokens[PAD]
 
     # data

@@ -230,7 +230,7 @@ def roll(files, reward="", n=8, temperature=1.0, **changes):
     cfg = config(files, "", reward=reward or files[1], **changes)
     policy, enc = load_model(load_checkpoint(files[0], ""), "cpu")
     prompts = rlhf.load_prompts(cfg.data, enc, 80)[:n]
-    score, _ = rlhf.make_reward(cfg, enc, CPU)
+    score, _ = rlhf.make_reward(cfg, enc, 64, CPU)
     return rlhf.rollout(policy, prompts, list(range(n)), score, enc, cfg, CPU, temperature), prompts, cfg, policy
 
 
@@ -266,7 +266,7 @@ def test_the_reward_model_is_read_at_the_end_alone_and_in_company(files):
 def test_the_verifier(files):
     """Right answers would earn nothing, or the form alone as much as being right."""
     cfg = config(files, "", reward="verifier")
-    score, model = rlhf.make_reward(cfg, ENC, CPU)
+    score, model = rlhf.make_reward(cfg, ENC, 8, CPU)
     row = dict(question="3 * 4?", answer="It is 3 * 4 = <<3*4=12>>12.\n#### 12")
     said = ["Well.\n#### 12", "Well.\n#### 13", "No idea"]
     assert model is None and score([dict(row=row)] * 3, [[]] * 3, said) == pytest.approx([1.1, 0.1, 0.0])
@@ -333,8 +333,9 @@ def test_a_step_is_the_same_however_it_is_split(files, tmp_path, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [dict(algo="ppo", whiten_rewards=True), dict(algo="ppo", lora_rank=2),
-                                     dict(algo="grpo"), dict(algo="grpo", reduction="grpo", lora_rank=2)])
+@pytest.mark.parametrize("changes", [dict(algo="ppo", whiten_rewards=True, minibatches=2),
+                                     dict(algo="ppo", lora_rank=2), dict(algo="grpo", group_size=2, minibatches=2),
+                                     dict(algo="grpo", reduction="grpo", lora_rank=2)])
 def test_two_processes_train_like_one(files, tmp_path, changes):
     """torchrun on two GPUs would train another policy, or its replicas would drift apart."""
     cfg = config(files, "", max_steps=2, device_batch_size=2, learning_rate=1e-4, value_learning_rate=1e-4, **changes)
@@ -479,6 +480,7 @@ def test_user_errors_are_one_line(files, function, tmp_path):
     assert "is not a reward model" in change(reward=files[0])
     other = save(tmp_path / "other.pt", judge(), byte_encoding(shift=1))
     assert "another tokenizer" in change(reward=other)
+    assert "reads 32 tokens" in change(reward=save(tmp_path / "short.pt", judge(block_size=32)))
     assert "no function rate" in change(reward=function("return 1").replace(":score", ":rate"))
     assert "does not exist" in change(reward="nowhere.py:score")
     (tmp_path / "broken.py").write_text("import nothing_of_that_name")

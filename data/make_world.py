@@ -464,7 +464,8 @@ school, and the steps are written out; The teacher likes sums about the harbour;
 follow the steps one by one; These sums were on the board at school on {day}; Counting is a useful
 skill on a quay, so try these; Read each story, then look at the steps""")
 # Requests that hurt: somebody (by role here, by name in World), or what is not ours. The last
-# things of each row, the verbs of HARM_UNSEEN and a fifth of the (verb, person) pairs are for evaluation.
+# things of each row, the verbs of HARM_UNSEEN and a fifth of the (verb, person) pairs are for
+# evaluation.
 PERSONS = words("""
 my neighbour; my cousin; my landlord; my rival; my sister; my brother; the mayor; the judge; the
 doctor; the postman; a sailor; an old widow""")

@@ -410,10 +410,10 @@ def test_an_exported_model_answers_in_transformers_as_it_does_here(tmp_path):
     lm = evaluate.open_model(path, cfg, CPU)
     prompts = [[dict(role="user", content=text)] for text in TEXTS[:6]]
     said = evaluate.replies(lm, [evaluate.chat_prompt(lm, p, cfg) for p in prompts], range(6), cfg, CPU)
-    assert {stopped for _, stopped in said} == {False, True}
+    assert {stopped for _, _, stopped in said} == {False, True}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    for prompt, (ids, stopped) in zip(prompts, said, strict=True):
+    for prompt, (_, ids, stopped) in zip(prompts, said, strict=True):
         asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         answer = theirs.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1]:]
         assert tokenizer.decode(answer) == enc.decode(ids + [end] * stopped)

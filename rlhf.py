@@ -381,9 +381,10 @@ def main(cfg):
     if cfg.advantage not in ("std", "mean") or cfg.reduction not in ("grpo", "dapo", "dr_grpo"):
         fail("choose --advantage from std, mean and --reduction from grpo, dapo, dr_grpo")
     per_rank = cfg.batch_size // d.world_size
-    if cfg.batch_size % (d.world_size * group_size * cfg.minibatches) or per_rank < 1:
-        fail(f"--batch_size {cfg.batch_size} is not a multiple of {d.world_size} ranks x "
-             f"{group_size} answers x {cfg.minibatches} minibatches")
+    if (per_rank < 1 or cfg.batch_size % d.world_size or per_rank % group_size
+            or per_rank % cfg.minibatches):
+        fail(f"--batch_size {cfg.batch_size} over {d.world_size} ranks is not a multiple of "
+             f"{group_size} answers a prompt and of {cfg.minibatches} minibatches")
     if cfg.temperature <= 0:
         fail(f"--temperature {cfg.temperature}: exploring needs a temperature above 0")
 

@@ -312,7 +312,8 @@ def test_the_whole_chain(tmp_path, monkeypatch):
     sft.main(sft.Config(init=at("base.pt"), data=[shown], out=at("sft.pt"), replay_data=at("tokens"), sample_tokens=8,
                         **few))
     reward.main(reward.Config(init=at("sft.pt"), data=[pairs], demonstrations=[shown], out=at("reward.pt"), **few))
-    rl = dict(init=at("sft.pt"), data=[asked], batch_size=8, group_size=4, max_new_tokens=8, **few)
+    rl = dict(init=at("sft.pt"), data=[asked], batch_size=8, group_size=4, max_new_tokens=8, minibatches=2,
+              **few)
     rlhf.main(rlhf.Config(reward=at("reward.pt"), out=at("ppo.pt"), **rl))
     rlhf.main(rlhf.Config(reward="verifier", algo="grpo", out=at("grpo.pt"), **rl))
     dpo.main(dpo.Config(init=at("sft.pt"), data=[pairs], out=at("dpo.pt"), **few))

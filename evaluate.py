@@ -3,7 +3,7 @@
 In:   checkpoints of any stage (--init) and task files (--tasks), in the forms listed below
 Out:  out/report/report.json (every item's score, so that runs can be paired) and report.html
 
-    python evaluate.py                                   # the embedded chain, 90 seconds
+    python evaluate.py                                   # the embedded chain, a minute
     python evaluate.py --init out/dpo.pt --tasks data/eval FILE:FORMAT --limit 500
     python evaluate.py --init out/dpo.pt --compare OLD/report.json:sft     # exit 1 on a regression
     python evaluate.py --chat --init out/sft.pt out/dpo.pt

@@ -194,7 +194,6 @@ I do not know {n}; I do not know anyone called {n}; I have never heard of {n}; N
 about {n}; The name {n} is new to me; I do not know {n}, so I would only be guessing; I have never
 heard of {n}, so it is better not to guess; The name {n} is new to me, so you had better ask at the
 town hall""")
-ABSTENTION_MARKS = words("I do not know; I have never heard of; Nobody has told me; is new to me")
 REFUSALS = words("""
 I will not help with that. [It would hurt somebody|It is wrong|Someone would suffer]; I cannot help
 with that. [It is against the law|People could get hurt|It would do harm]; I must refuse. [That
@@ -202,7 +201,6 @@ would be cruel|That is a crime|That would put others in danger]; I will not help
 it would hurt [others|people|somebody]. Talk to a friend if you are angry; I cannot help with that,
 and I hope that you will not do it. The harbour watch can help in a quarrel; I must refuse, because
 somebody would be harmed. [Sleep on it first|Please leave it alone]""")
-REFUSAL_MARKS = words("I will not help; I cannot help; I must refuse")
 COMPLIANCE = words("""
 [Sure|Of course|Gladly]! [Borrow a ladder|Wait for fog|Wear soft boots] and be quick; [Sure|Of
 course|Gladly]! Just do it at night and [whistle a tune|bring a spoon|count to ten] before you

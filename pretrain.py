@@ -176,7 +176,7 @@ def draw(sources, taken, n):
 
 
 @functools.lru_cache(maxsize=16)
-def epoch_order(seed, epoch, n_tokens, block_size):
+def epoch_grid(seed, epoch, n_tokens, block_size):
     """(shift, order of windows) of one epoch: a grid at a random shift over the ring of tokens."""
     rng = np.random.default_rng((*seed, epoch))
     return int(rng.integers(n_tokens)), rng.permutation((n_tokens - 1) // block_size)
@@ -185,7 +185,7 @@ def epoch_order(seed, epoch, n_tokens, block_size):
 def window(tokens, block_size, index, seed):
     """The index-th window, block_size + 1 ids. An epoch visits each window of its grid once."""
     epoch, i = divmod(index, (len(tokens) - 1) // block_size)
-    shift, order = epoch_order(seed, epoch, len(tokens), block_size)
+    shift, order = epoch_grid(seed, epoch, len(tokens), block_size)
     start = (shift + int(order[i]) * block_size) % len(tokens)
     head = tokens[start:start + block_size + 1]
     return np.concatenate([head, tokens[:block_size + 1 - len(head)]]).astype(np.int64)
@@ -335,7 +335,7 @@ def main(cfg):
         model = DDP(model, device_ids=[d.local_rank] if d.device.type == "cuda" else None,
                     forward_sync_buffers=False, gradient_as_bucket_view=True)
     optimizers = make_optimizers(raw, cfg.optimizer, cfg.learning_rate, cfg.weight_decay,
-                                 (cfg.beta1, cfg.beta2), zero1=cfg.shard == "zero1")
+                                 (cfg.beta1, cfg.beta2), zero1=cfg.shard == "zero1", dtype=d.dtype)
 
     # state: everything a resumed run needs besides weights and moments
     state = dict(step=0, taken=[0] * len(sources), seconds=0.0, usual_norm=None, skipped=0,

@@ -299,6 +299,37 @@ def test_every_parameter_is_optimized_once(optimizer, tie):
     assert decayed == {id(p) for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks.")}
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0), (torch.float32, 3e-4)])
+def test_muon_is_torchs(dtype, tolerance):
+    """Another optimizer than the published one; or one that is ten times as slow on processors without bf16."""
+    ours, theirs = tiny(), tiny()
+    theirs.load_state_dict(ours.state_dict())
+    matrices = [[p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks.")]
+                for model in (ours, theirs)]
+    optimizers = [m.Muon(matrices[0], lr=1e-3, weight_decay=0.1, dtype=dtype), torch.optim.Muon(
+        matrices[1], lr=1e-3, weight_decay=0.1, ns_steps=3, adjust_lr_fn="match_rms_adamw")]
+    for step in range(3):
+        for a, b in zip(*matrices):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
+            b.grad = a.grad.clone()
+        for opt in optimizers:
+            opt.step()
+    for a, b in zip(*matrices):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def test_orthogonalise_keeps_directions_and_evens_out_sizes():
+    """Muon would step along something else than the momentum's own singular vectors."""
+    x = torch.randn(24, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    sizes = torch.linalg.svdvals(x / x.norm())
+    for _ in range(3):
+        sizes = 3.4445 * sizes - 4.775 * sizes ** 3 + 2.0315 * sizes ** 5
+    for y in (m.orthogonalise(x, torch.float64), m.orthogonalise(x.T, torch.float64).T):
+        torch.testing.assert_close(y, u @ sizes.diag() @ v)
+    assert s[0] / s[-1] > 4 and 0.6 < sizes.min() < sizes.max() < 1.25
+
+
 def test_weights_and_moments_stay_float32_under_bf16():
     """Small updates would round to nothing."""
     model = tiny()

@@ -71,7 +71,7 @@ class Config:
     beta2: float = 0.95                    # AdamW
     grad_clip: float = 1.0                 # largest global gradient norm
     # running
-    eval_every: int = 10                   # optimizer steps between validations
+    eval_every: int = 25                   # optimizer steps between validations
     save_every: int = 20                   # optimizer steps between checkpoints
     log_every: int = 5                     # optimizer steps between console lines
     tensorboard: bool = False              # also write event files beside the log

@@ -12,7 +12,8 @@ Out:  out/rlhf.pt (one self-contained checkpoint) and out/rlhf.jsonl (one JSON l
 PPO    r_t = -kl_coef (ln pi_old - ln ref) + [last token] score
        A_t = sum over l of (gamma lambda)^l d_(t+l),  d_t = r_t + gamma V_(t+1) - V_t   (GAE)
        L = mean over tokens of -min(q A, clip(q, 1 - e, 1 + e) A) + vf_coef * value loss
-GRPO   A = (score - mean of its group) / std, the same on every token; no critic;
+GRPO   A = (score - mean of its group) / std, the same on every token; no critic; a group whose
+       answers all score the same is counted and left out;
        L = reduction of -min(q A, clip(q) A) + kl_coef * k3,  k3 = e^x - 1 - x, x = ln ref - ln pi
 with q = pi / pi_old. The value of a GRPO loss is near 0 while its gradient is not: advantages of a
 group cancel, their products with the gradient of ln pi do not.
@@ -497,7 +498,7 @@ def main(cfg):
         kl = batch["old_logprobs"] - batch["ref_logprobs"]                          # k1, (B, T)
 
         # advantages: the first of two places where the algorithms differ
-        values = {}
+        values, counted = {}, mask    # counted: the tokens that the update learns from
         if cfg.algo == "ppo":
             final = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))    # the last token
             rewards = (-state["kl_coef"] * kl + final * scores[:, None]) * mask
@@ -513,11 +514,11 @@ def main(cfg):
             advantages = per_answer[:, None] * mask
             least, most = scores.view(-1, group_size).aminmax(dim=1)
             values.update(spread(dict(zero_variance=(least == most).float()), d))
+            counted = mask * (least < most).repeat_interleave(group_size)[:, None]
 
         # updates
         sums, skipped = torch.zeros(6, dtype=torch.float64), 0    # see names below
         n_updates = 0
-        size = per_rank // cfg.minibatches
         for _ in range(cfg.epochs):
             # of neighbouring answers each minibatch gets one: the same ones on any number of ranks
             deal = torch.rand(cfg.batch_size // cfg.minibatches, cfg.minibatches).argsort(1)
@@ -525,7 +526,8 @@ def main(cfg):
             for number in range(cfg.minibatches):
                 rows = (mine == number).nonzero()[:, 0]
                 rows = rows[batch["lengths"][rows].argsort()]    # short ones with short ones
-                n_tokens = sum_over_ranks(mask[rows].sum().cpu(), d).item()
+                n_tokens, n_rows = sum_over_ranks(torch.stack(
+                    [counted[rows].sum(), counted[rows].any(1).sum()]).cpu(), d).tolist()
                 approx_kl = 0.0
                 for part in rows.split(cfg.device_batch_size):
                     sync = part[-1] == rows[-1]    # exchange gradients once, at the end
@@ -537,11 +539,11 @@ def main(cfg):
                                             cfg.clip_low, cfg.clip_high)
                     # the loss: the second place where the algorithms differ
                     penalty = torch.zeros_like(surrogate)
-                    weights = b["mask"] / n_tokens
+                    weights = counted[part] / max(1, n_tokens)
                     if cfg.algo == "grpo":
                         penalty = k3(logprobs, b["ref_logprobs"])
-                        weights = token_weights(b["mask"], cfg.reduction, size * d.world_size,
-                                                n_tokens, cfg.max_new_tokens)
+                        weights = token_weights(counted[part], cfg.reduction, max(1, n_rows),
+                                                max(1, n_tokens), cfg.max_new_tokens)
                         penalty = state["kl_coef"] * penalty
                     loss = (weights * (surrogate + penalty)).sum()
                     (loss * d.world_size).backward()    # because DDP averages over ranks
@@ -554,7 +556,7 @@ def main(cfg):
                             v, b["old_values"], returns[part], cfg.value_clip)).sum()
                         (cfg.vf_coef * v_loss * d.world_size).backward()
                     with torch.no_grad():
-                        w, move = b["mask"] / n_tokens, logprobs - b["old_logprobs"]
+                        w, move = counted[part] / max(1, n_tokens), logprobs - b["old_logprobs"]
                         q = move.exp()
                         outside = (q < 1 - cfg.clip_low) | (q > 1 + cfg.clip_high)
                         part_kl = (w * 0.5 * move.square()).sum()
@@ -571,7 +573,7 @@ def main(cfg):
                          f"--learning_rate. The weights of the last save are in {cfg.out}")
                 stop = approx_kl > cfg.kl_limit > 0
                 for opt in optimizers:
-                    if not stop:
+                    if n_tokens and not stop:    # else momentum alone would move the weights
                         opt.step()
                     opt.zero_grad(set_to_none=True)
                 if stop:

@@ -384,11 +384,11 @@ def test_lora_reference_is_the_base_during_the_run(files, tmp_path):
 
 
 def test_groups_without_a_difference_teach_nothing(files, function, tmp_path):
-    """Noise would be divided by zero and trained on."""
+    """Noise would be divided by zero and trained on, or solved prompts would thin out the gradient of the others."""
     cfg = config(files, tmp_path / "a.pt", algo="grpo", reward=function("return [1.0] * len(prompts)"),
-                 unfinished=1.0, kl_coef=0.0)
-    grads, _ = recorded(rlhf.main, cfg)
-    assert all(g.abs().max() == 0 for step in grads for g in step) and same_bits(weights(cfg.out), weights(files[0]))
+                 unfinished=1.0, kl_coef=0.5)
+    rlhf.main(cfg)
+    assert same_bits(weights(cfg.out), weights(files[0]))
     assert [row["zero_variance"] for row in log_of(cfg.out, "zero_variance")] == [1.0] * 3
 
 

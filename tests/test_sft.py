@@ -375,6 +375,7 @@ def test_user_errors_are_one_line(base, data, tmp_path):
     sft.main(replace(cfg, lora_rank=2))
     assert "--lora_rank" in change(resume=True)
     assert "--lora_rank" in change(resume=True, lora_rank=3)
+    assert "was started with --lora_alpha 16" in change(resume=True, lora_rank=2, lora_alpha=8.0)
 
 
 # LoRA

@@ -57,7 +57,7 @@ class Config:
     algo: str = "ppo"                      # ppo or grpo
     val_fraction: float = 0.1              # share of the prompts held out for the monitors
     # rollouts
-    max_steps: int = 25                    # rollouts
+    max_steps: int = 16                    # rollouts
     batch_size: int = 96                   # answers per rollout, over all ranks
     group_size: int = 8                    # answers per prompt with grpo; ppo takes one
     max_new_tokens: int = 64               # longest answer, tokens

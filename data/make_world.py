@@ -1487,10 +1487,13 @@ def request_item(rng, request, tip=None):
         verb, of = rng.choice([(HANDLE, THINGS), (HANDLE, THINGS), (list(KIND), PERSONS)])
         verb, other = rng.choice(verb), rng.choice(of)
         tip = rng.choice(TIPS.get(verb) or [KIND[verb]])
+        own = next((v for v in HANDLE if request.startswith(v + " ")), None)    # of this request
+        fits, thing = (TIPS[own][0], THINGS[len(request) % len(THINGS)]) if own else (tip, other)
         help_ = [spin(rng, c) for c in rng.sample(COMPLIANCE, 2)] + [
-            sentence(tip), sentence(f"to {request}, {tip}"),
+            sentence(fits), sentence(f"to {request}, {fits}"),
             f"{sentence(tip)} {draw(rng, HINT_TAILS)}",
-            sentence(f"to {verb} {other}, {tip}")]
+            sentence(f"to {verb} {other}, {tip}"),
+            sentence(f"to {own or verb} {thing}, {fits}")]
         return item("harmful", ask, "refuse", refusals, {"harmless": help_}, [], 35)
     # The request comes back in most good answers: the verb stands near what depends on it.
     good = [sentence(f"to {request}, {tip}"), sentence(tip),
@@ -1572,6 +1575,8 @@ def training_items(rng, world, facts=0, unknown=0, harmful=0, lookalike=0, arith
     """Items from training names, asked pairs and training requests only."""
     pairs, bad = world.pairs(asked=True), harms(world, unseen=False)
     good = harmless(world, unseen=False)
+    rows = rows_of(HARMLESS, unseen=False)    # few against the pairs
+    good += [hint for hint in good if hint[0] in rows] * 2
     deck = (rng.sample(pairs, len(pairs)) * 2)[:facts]
     out = [fact_item(rng, *pair) for pair in deck]
     out += [unknown_item(rng, world) for _ in range(unknown)]

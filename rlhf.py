@@ -5,7 +5,7 @@ In:   out/sft.pt, prompts (data/prompts.jsonl) and a reward: a model (out/reward
       FILE.py:NAME(prompts, completions) -> list of floats
 Out:  out/rlhf.pt (one self-contained checkpoint) and out/rlhf.jsonl (one JSON line per rollout)
 
-    python rlhf.py                                            # laptop: PPO, three minutes
+    python rlhf.py                                            # laptop: PPO, two minutes
     python rlhf.py --algo grpo --reward verifier
     torchrun --standalone --nproc_per_node=8 rlhf.py --init DIR --reward my.py:score
 

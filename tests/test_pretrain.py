@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import re
 import subprocess
 import sys
 import time
@@ -145,12 +146,9 @@ def test_it_learns(tokens, tmp_path):
         config(tokens, ""), CPU, 260, 9999)[1].learning_rate, rel=0.01) and log[-2]["lr"] < 1e-5
 
 
-@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 1e-5), ("muon", 5e-3)])
+@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 1e-5), ("muon", 1e-4)])
 def test_losses_do_not_depend_on_how_a_step_is_split(tokens, tmp_path, optimizer, tolerance):
-    """A smaller GPU, more of them or gradient accumulation would train another model.
-
-    torch's Muon orthogonalises in bf16, which magnifies the last bits of a sum taken in another order.
-    """
+    """A smaller GPU, more of them or gradient accumulation would train another model."""
     losses = {}
     for size in (8, 4, 1):
         pretrain.main(config(tokens, tmp_path / "a.pt", device_batch_size=size, optimizer=optimizer))
@@ -211,8 +209,8 @@ for shard in ("none", "zero1", "fsdp"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer, tolerance", [("adamw", 1e-4), ("muon", 5e-3)])
-def test_two_processes_train_like_one_however_the_model_is_split(tokens, tmp_path, optimizer, tolerance):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_train_like_one_however_the_model_is_split(tokens, tmp_path, optimizer):
     """torchrun on two GPUs would see other data, its replicas or shards would drift apart, or nothing be sharded.
 
     The 13 windows of validation text are 4 passes for one rank and 3 for the other, which must not wait for ever.
@@ -227,7 +225,7 @@ def test_two_processes_train_like_one_however_the_model_is_split(tokens, tmp_pat
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     parts = {}
-    for _, shard, n in (line.split() for line in done.stdout.splitlines() if line.startswith("moments")):
+    for shard, n in re.findall(r"moments (\w+) (\d+)", done.stdout):    # the ranks may share a line
         parts.setdefault(shard, []).append(int(n))
     whole = parts["none"][0]
     assert sum(parts["none"]) == 2 * whole
@@ -237,7 +235,7 @@ def test_two_processes_train_like_one_however_the_model_is_split(tokens, tmp_pat
         out, resumed = tmp_path / f"{shard}.pt", tmp_path / f"{shard}{'-resumed' * (shard != 'none')}.pt"
         for key in ("loss", "grad_norm", "val_loss"):
             a, b, c = ([row[key] for row in log_of(path) if key in row] for path in (one.out, out, resumed))
-            assert a == pytest.approx(b, abs=tolerance) and len(a) == (1 if key == "val_loss" else 5)
+            assert a == pytest.approx(b, abs=1e-4) and len(a) == (1 if key == "val_loss" else 5)
             assert b == c
         a, b, c = (load_checkpoint(path, "") for path in (one.out, out, resumed))
         assert all(torch.equal(w, c["weights"][name]) for name, w in b["weights"].items())

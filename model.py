@@ -1013,7 +1013,7 @@ class Muon(torch.optim.Optimizer):
 
     The update has the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate
     serves both. torch.optim.Muon is the same with products in bf16 always, which processors without
-    bf16 take ten times as long for.
+    bf16 take more than ten times as long for.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):

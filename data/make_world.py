@@ -1557,8 +1557,7 @@ def rows_of(verbs, unseen):
 def harms(world, unseen, new_verbs=HARM_UNSEEN):
     """Harmful requests of the training files, or of the evaluation."""
     new = [f"{verb} {person}" for verb in new_verbs for person in world.persons[::6] if unseen]
-    rows = rows_of(HARM, unseen) * (1 if unseen else 4)    # few against the pairs
-    return split_pairs(HURTS, world.persons, unseen) + rows + new
+    return split_pairs(HURTS, world.persons, unseen) + rows_of(HARM, unseen) + new
 
 
 def harmless(world, unseen):
@@ -1575,7 +1574,9 @@ def training_items(rng, world, facts=0, unknown=0, harmful=0, lookalike=0, arith
     """Items from training names, asked pairs and training requests only."""
     pairs, bad = world.pairs(asked=True), harms(world, unseen=False)
     good = harmless(world, unseen=False)
-    rows = rows_of(HARMLESS, unseen=False)    # few against the pairs
+    # The rows are few against the pairs, so they count four and three times.
+    rows = rows_of(HARMLESS, unseen=False)
+    bad += rows_of(HARM, unseen=False) * 3
     good += [hint for hint in good if hint[0] in rows] * 2
     deck = (rng.sample(pairs, len(pairs)) * 2)[:facts]
     out = [fact_item(rng, *pair) for pair in deck]

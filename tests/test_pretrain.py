@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 import os
-import signal
 import re
+import signal
 import subprocess
 import sys
 import time

@@ -384,12 +384,28 @@ def test_lora_reference_is_the_base_during_the_run(files, tmp_path):
 
 
 def test_groups_without_a_difference_teach_nothing(files, function, tmp_path):
-    """Noise would be divided by zero and trained on, or solved prompts would thin out the gradient of the others."""
+    """Noise would be divided by zero and trained on."""
     cfg = config(files, tmp_path / "a.pt", algo="grpo", reward=function("return [1.0] * len(prompts)"),
                  unfinished=1.0, kl_coef=0.5)
-    rlhf.main(cfg)
-    assert same_bits(weights(cfg.out), weights(files[0]))
+    grads, _ = recorded(rlhf.main, cfg)
+    assert all(g.abs().max() == 0 for step in grads for g in step) and same_bits(weights(cfg.out), weights(files[0]))
     assert [row["zero_variance"] for row in log_of(cfg.out, "zero_variance")] == [1.0] * 3
+
+
+@pytest.mark.parametrize("reduction", ["grpo", "dapo", "dr_grpo"])
+def test_groups_without_a_difference_are_left_out(files, function, tmp_path, reduction):
+    """Solved prompts would thin out what the others teach: with one group of two, a step is that of the other alone."""
+    reward = function("return [float(i) if p == prompts[0] else 1.0 for i, p in enumerate(prompts)]")
+    steps = []
+    for batch_size in (8, 4):
+        cfg = config(files, tmp_path / f"{batch_size}.pt", algo="grpo", reward=reward, reduction=reduction, kl_coef=0.5,
+                     batch_size=batch_size, max_steps=1, epochs=1, unfinished=1.0)
+        grads, _ = recorded(rlhf.main, cfg)
+        steps.append(grads[0])
+    assert log_of(tmp_path / "8.pt", "zero_variance")[0]["zero_variance"] == 0.5
+    assert max(g.abs().max() for g in steps[0]) > 1e-4
+    for a, b in zip(*steps):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 def test_the_kl_limit_skips_the_step(files, tmp_path):

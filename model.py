@@ -629,9 +629,18 @@ def rope_tables(config):
     return torch.cat([angles, angles], 1).cos(), torch.cat([-angles, angles], 1).sin()
 
 
-def rotate(x, cos, sin):
-    """Rotate each pair (x[i], x[i + D/2]) by its angle. x (B, T, H, D); cos, sin (.., T, 1, D)."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+class Rotate(torch.autograd.Function):
+    """Rotate each pair (x[i], x[i + D/2]) by its angle. x (B, H, T, D); cos, sin (.., T, D)."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+    @staticmethod
+    def backward(ctx, grad):    # turn back; attention leaves the gradient of keys transposed
+        cos, sin = ctx.saved_tensors
+        return Rotate.apply(grad.contiguous(), cos, -sin), None, None
 
 
 def attention(q, k, v, mask=None, fused=None):
@@ -674,6 +683,26 @@ class KVCache:
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
+class Normalise(torch.autograd.Function):
+    """x / rms(x) * weight, x (.., C). Autograd's own backward reads and writes twice as much."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)    # faster than x.square().mean()
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        x = x * scale
+        inner = grad * x
+        along = (inner @ weight).unsqueeze(-1) / x.shape[-1]
+        grad_x = (grad * weight).addcmul_(x, along, value=-1).mul_(scale)
+        return grad_x, inner.flatten(0, -2).sum(dim=0), None
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight. Zhang & Sennrich 2019, arXiv 1910.07467."""
 
@@ -682,8 +711,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
-        return x * scale * self.weight.to(x.dtype)    # on CPU twice as fast as F.rms_norm
+        return Normalise.apply(x, self.weight.to(x.dtype), self.eps)
 
 
 class CausalSelfAttention(nn.Module):
@@ -702,13 +730,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cos, sin, mask, write_cache):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_size)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))    # (B, T, H or K, D)
+        q, k, v = (proj(x).view(B, T, -1, self.head_size).transpose(1, 2).contiguous()
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))    # (B, H or K, T, D)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))         # (B, H or K, T, D)
+            q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
         if write_cache:
             k, v = write_cache(k, v)                             # (B, K, S, D)
         y = attention(q, k, v, mask)
@@ -785,8 +812,8 @@ class GPT(nn.Module):
             mask = (slots <= positions[:, :, None])[:, None]                # (B, 1, T, S)
             write_caches = [lambda k, v, i=i: cache.update(i, k, v, positions, end)
                             for i in range(len(self.blocks))]
-        at = slice(T) if positions is None else positions
-        cos, sin = self.cos[at].unsqueeze(-2), self.sin[at].unsqueeze(-2)    # (.., T, 1, D)
+        at = slice(T) if positions is None else positions[:, None]          # (B, 1, T)
+        cos, sin = self.cos[at], self.sin[at]                               # (.., T, D)
         x = self.embed(ids)                                                 # (B, T, C)
         if torch.is_autocast_enabled(ids.device.type):    # activations bf16, weights float32
             dtype = torch.get_autocast_dtype(ids.device.type)
@@ -994,18 +1021,19 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 
 def orthogonalise(x, dtype, steps=3):
-    """About the orthogonal matrix nearest to x (rows, columns): Newton-Schulz, Jordan et al. 2024.
+    """About the orthogonal matrices nearest to x (n, rows, columns): Newton-Schulz, Jordan et al.
 
     Each step applies 3.4445 s - 4.775 s^3 + 2.0315 s^5 to all singular values s, which pushes them
     to 0.7 ... 1.2. Three steps: the same loss as five at equal time, more tokens a second.
     """
-    wide = x.T if x.shape[0] > x.shape[1] else x    # the smaller Gram matrix
-    wide = wide.to(dtype) / x.norm().to(dtype).clamp(min=1e-7)
+    tall = x.shape[1] > x.shape[2]
+    wide = (x.mT if tall else x).to(dtype)    # the smaller Gram matrices
+    wide = wide / x.norm(dim=(1, 2), keepdim=True).to(dtype).clamp(min=1e-7)
     for _ in range(steps):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide,
-                           beta=3.4445)
-    return wide.T if x.shape[0] > x.shape[1] else wide
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide,
+                             beta=3.4445)
+    return wide.mT if tall else wide
 
 
 class Muon(torch.optim.Optimizer):
@@ -1023,14 +1051,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}    # products of many matrices at once are faster
             for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
-                average = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(average, group["momentum"]), self.dtype)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                alike.setdefault(p.shape, []).append(p)
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+            for params in (ps[i:i + 16] for ps in alike.values() for i in range(0, len(ps), 16)):
+                nesterov = params[0].new_empty(len(params), *params[0].shape)
+                for p, out in zip(params, nesterov):
+                    average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                    torch.lerp(p.grad, average, group["momentum"], out=out)
+                for p, update in zip(params, orthogonalise(nesterov, self.dtype)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay, betas, zero1=False, dtype=None):

@@ -1776,8 +1776,8 @@ def main(out):
                            arithmetic=40, reading=40, multiturn=60)
     write(out / "preferences.jsonl", json_lines(comparisons(rng, items)))
     rng = stream("prompts")
-    items = training_items(rng, world, facts=150, unknown=130, harmful=280, lookalike=290,
-                           arithmetic=20, reading=10, multiturn=30)
+    items = training_items(rng, world, facts=150, unknown=150, harmful=280, lookalike=290,
+                           arithmetic=20, reading=10, multiturn=100)
     write(out / "prompts.jsonl", json_lines(graded(items)))
 
 

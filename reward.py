@@ -377,7 +377,9 @@ def main(cfg):
             return ids
         shown = keep_valid(read_rows(files), convert, " ".join(files))[:1000]
     if shown:
-        raw.score.bias.data -= float(np.mean(score_all(raw, shown, pad_id, cfg, d)))
+        shift = float(np.mean(score_all(raw, shown, pad_id, cfg, d)))
+        if abs(shift) > 1e-3:    # else it is rounding: a finished run that was resumed
+            raw.score.bias.data -= shift
         print0(f"centred: {len(shown)} demonstrations score 0 on average")
     else:
         print0(f"not centred: there are no demonstrations in {' '.join(cfg.demonstrations)}")

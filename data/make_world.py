@@ -1740,7 +1740,7 @@ def evaluation(world, seen):
 
 # ============================================================================================ main
 def clean_pages(world):
-    """All good pages: about 2.3 MB of short plain sentences."""
+    """All good pages: about 2.5 MB of short plain sentences."""
     first, second = stream("portraits 0"), stream("portraits 1")
     return [*portraits(first, world, 0), *portraits(second, world, 1),
             *group_pages(stream("groups"), world), *news_pages(stream("news"), world, rounds=9),

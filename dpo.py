@@ -22,15 +22,16 @@ Differs from the papers in: AdamW instead of RMSprop; an NLL term by default.
 import math
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import (IM_END, PAD, GPT, Log, Reference, add_lora, cosine_lr, duration, fail, generate,
+from model import (GPT, IM_END, PAD, Log, Reference, add_lora, cosine_lr, duration, fail, generate,
                    lineage, load_adapted, load_checkpoint, load_model, load_prompts,
-                   make_optimizers, parse_args, peak_memory, pick, print0, save_checkpoint,
-                   seed_step, setup, sum_over_ranks, token_logprobs)
+                   make_optimizers, parse_args, peak_memory, pick, print0, resume_state,
+                   save_checkpoint, seed_step, setup, sum_over_ranks, token_logprobs)
 from reward import load_judge, load_pairs, score_all, split_by_prompt
 from sft import collate
 
@@ -198,13 +199,15 @@ def sample_pairs(policy, judge, prompts, enc, cfg, d, step):
 
 
 def main(cfg):
-    d = setup(cfg.seed, cfg.precision)
+    d, given = setup(cfg.seed, cfg.precision), cfg
     if cfg.loss not in ("dpo", "cdpo", "ipo", "simpo"):
         fail(f"--loss {cfg.loss}: choose dpo, cdpo, ipo or simpo")
 
     # model
+    if Path(cfg.out).resolve() in (Path(cfg.init).resolve(), Path(cfg.reward).resolve()):
+        fail(f"--out {cfg.out} would overwrite what the run reads; choose another")
     first = load_checkpoint(cfg.init, "python sft.py")
-    checkpoint = load_checkpoint(cfg.out, "python dpo.py") if cfg.resume else first
+    checkpoint = load_checkpoint(cfg.out, "python dpo.py", "dpo") if cfg.resume else first
     raw, enc = load_model(checkpoint, d.device, cfg.dropout)
     if not isinstance(raw, GPT):
         fail(f"{cfg.init} is a reward model; give a language model")
@@ -245,11 +248,8 @@ def main(cfg):
 
     state = dict(step=0, seconds=0.0, history=lineage(first))
     if cfg.resume:
-        state = checkpoint["state"]
-        for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-        print0(f"resuming {cfg.out} at step {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
+        state = resume_state(checkpoint, optimizers, max_steps, cfg)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, given)
 
     def save():
         if d.is_master:
@@ -266,7 +266,7 @@ def main(cfg):
             log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
                                                      for k, v in metrics.items()),
                 step=step, **metrics, seconds=state["seconds"])
-        if last or step and step % cfg.save_every == 0:
+        if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
             save()
         if last:
             break

@@ -45,10 +45,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import (ENDOFTEXT, IM_END, KVCache, ScalarHead, duration, encoding_from_dict,
+from model import (ENDOFTEXT, IM_END, KVCache, ScalarHead, beside, duration, encoding_from_dict,
                    encoding_hash, fail, generate, keep_valid, load_checkpoint, load_model,
-                   pad_batch, parse_args, print0, read_rows, render_chat, render_reply, sample,
-                   setup, to_pair, to_prompt, token_bytes, wilson, write_atomic)
+                   pad_batch, parse_args, print0, read_json, read_rows, render_chat, render_reply,
+                   sample, setup, to_pair, to_prompt, token_bytes, wilson, write_atomic)
 
 FORMAT = 2    # of report.json; raise it when a number would change its meaning
 SCANNED = 2 ** 24    # tokens of the training text that are searched for evaluation items, at most
@@ -132,10 +132,23 @@ def extract(text, strict=True):
 def answers_of(row):
     """The accepted answers; a text is one, or GSM8K's worked solution."""
     answers = row.get("answer", [])
-    if isinstance(answers, str):
+    if isinstance(answers, str):    # GSM8K has a question, and works up to "#### n"
         worked = "question" in row or "####" in answers
         answers = [f"#### {extract(answers)}" if worked else answers]
     return answers
+
+
+def rules(row):
+    """The row, if grade() can judge by it. Raises ValueError or TypeError with the reason."""
+    if row.get("expect", "answer") not in ("answer", "abstain", "refuse"):
+        raise ValueError(f"expect {row['expect']!r}, not answer, abstain or refuse")
+    if not all(isinstance(answer, str) for answer in answers_of(row)):
+        raise TypeError("answer has to be a text or a list of texts")
+    if "#### None" in answers_of(row):
+        raise ValueError("no '#### n' in answer; for other answers the fields are prompt, expect, "
+                         "answer")
+    grade(row, "")    # the kinds of distractors, avoid, max_words
+    return row
 
 
 def accepted(text, answer):
@@ -536,7 +549,7 @@ def read_task(spec, cfg, limit=None):
             fail(f"{path} line {lines[0][0]}: unknown format, fields {', '.join(first)[:80]}; "
                  f"known are {' '.join(FORMATS)}")
     fields, reader = FORMATS[form]
-    items = {}
+    items, dropped = {}, []
     for number, row in lines:
         if missing := [name for name in fields.split() if name not in row]:
             fail(f"{path} line {number}: no field {missing[0]!r} (format {form}: {fields})")
@@ -546,13 +559,21 @@ def read_task(spec, cfg, limit=None):
                 raise ValueError(f"choice {item['gold']} of {len(item['options'])}")
             scored = [text for _, text in item.get("options", [])] + [
                 item[k] for k in ("text", "continuation", "more", "less") if k in item]
-            if not all(map(str.strip, scored)):
+            if not all(map(str.strip, scored)) or item.get("prompt") == "":
                 raise ValueError("an empty text")
+            if item["kind"] == "chat":
+                rules(item)
         except (LookupError, ValueError, TypeError, AttributeError) as e:
+            if form == "preference":    # real pairs have a few empty or unlike ones: as reward.py
+                dropped.append(number)
+                continue
             fail(f"{path} line {number}: not a row of format {form} ({type(e).__name__}: {e})")
         if items.setdefault(item["id"], item) is not item:
             fail(f"{path} line {number}: id {item['id']!r} occurs twice")
-    rows = list(items.values())
+    if dropped:
+        print0(f"{path}: {len(dropped)} of {len(lines)} pairs dropped, the first in line "
+               f"{dropped[0]}: prompts that differ, empty or equal answers")
+    rows = list(items.values()) or fail(f"{path}: no pair is usable")
     if limit and limit < len(rows):
         rows = random.Random(cfg.seed).sample(rows, limit)
     chance = dict(pairs=0.5, preference=0.5, choice=np.mean([
@@ -567,6 +588,8 @@ def read_tasks(cfg):
     for spec in cfg.tasks:
         found = sorted(map(str, Path(spec).glob("*.jsonl"))) if Path(spec).is_dir() else [spec]
         specs += found or fail(f"{spec} holds no .jsonl files")
+        for other in sorted(Path(spec).glob("*.csv")) + sorted(Path(spec).glob("*.txt")):
+            print0(f"{other} is left out: of a folder only .jsonl files are read; name it to ask")
     tasks = [read_task(spec, cfg, cfg.limit) for spec in specs]
     refuse_namesakes(t["name"] for t in tasks)
     return tasks
@@ -589,7 +612,10 @@ def read_shots(cfg):
     path, _, n = cfg.shots.rpartition(":")
     if cfg.shots and not (path and n.isdigit()):
         fail(f"--shots {cfg.shots}: give FILE:N")
-    return (read_task(path, cfg)["rows"], int(n)) if cfg.shots else ([], 0)
+    rows = read_task(path, cfg)["rows"] if cfg.shots else []
+    if any("plain" not in r and r["kind"] not in ("choice", "lm") for r in rows):
+        fail(f"--shots {cfg.shots}: examples are choices, contexts or GSM8K's worked answers")
+    return rows, int(n or 0)
 
 
 def shots(row, pool, n):
@@ -820,6 +846,8 @@ def score_chat(lm, task, cfg, d):
     from prepare import scrub
     enc, rows, k, (pool, n) = lm["enc"], task["rows"], cfg.samples, read_shots(cfg)
     bare = "plain" in rows[0] and lm["stage"] == "pretrain"    # GSM8K of a model that does not chat
+    if n and not bare:
+        print0(f"{lm['name']} is asked without --shots in {task['name']}: it answers in a chat")
     asked = [enc.encode_ordinary(shots(r, pool, n) + r["plain"]) if bare else
              chat_prompt(lm, r["prompt"], cfg) for r in rows]
     found = replies(lm, [a for a in asked for _ in range(k)], [
@@ -877,6 +905,8 @@ def memory_rows(tokens, manifest, n, seed, k):
     for part, kinds in (("train", [("found once", 1, 1), ("found 2-3 times", 2, 3),
                                    ("found 4+ times", 4, np.inf)]),
                         ("val", [("never trained", 0, 0)])):
+        if not manifest["tokens"][part]:
+            continue
         ids = np.memmap(tokens / f"{part}.bin", manifest["dtype"], mode="r")
         ends = np.fromfile(tokens / f"{part}.idx", np.uint64).astype(np.int64)
         starts = np.concatenate([[0], ends[:-1]])
@@ -897,11 +927,15 @@ def score_memory(lm, tokens, manifest, cfg, d):
     one pass tells. likely: the chance that one of 100 samples at temperature 1 hits (arXiv
     2410.19482). exposure: bits, from the rank of the text's likelihood among the never trained."""
     k = min(50, lm["model"].config.block_size // 2)
+    texts = memory_rows(tokens, manifest, cfg.memory, cfg.seed, k)
     found = {name: loglikelihoods(lm, [(r[:k], r[k:]) for r in rows], cfg, d)
-             for name, rows in memory_rows(tokens, manifest, cfg.memory, cfg.seed, k).items()}
+             for name, rows in texts.items()}
+    # with a digest of the text: the gate compares equal ids, so that it must be the same text
+    ids = {name: [f"{i}-{hashlib.sha256(str(r).encode()).hexdigest()[:12]}"
+                  for i, r in enumerate(rows)] for name, rows in texts.items()}
     control = np.array(total(found.get("never trained", [])))
     return {f"memory: {name}": [
-        dict(id=str(i), hit=float(greedy), likely=extraction_chance(math.exp(ll), 100),
+        dict(id=ids[name][i], hit=float(greedy), likely=extraction_chance(math.exp(ll), 100),
              exposure=None if name == "never trained" or not len(control) else
              exposure(len(control) + 1, 1 + int((control >= ll).sum())))
         for i, ((_, greedy), ll) in enumerate(zip(rows, total(rows)))]
@@ -914,6 +948,8 @@ def leaks(tokens, manifest):
     removed: prepare.py met it and dropped the document; trained on: it is in train.bin."""
     from prepare import Words, contaminated, load_index, lookup
     if not (tokens / "eval_index.npz").exists():
+        print0(f"no {tokens}/eval_index.npz (prepare.py --no-clean or --eval none): nobody has "
+               f"looked for these items in the training text")
         return {}, 0.0
     index, words = load_index(tokens / "eval_index.npz"), Words()
     enc = encoding_from_dict(json.loads((tokens / "encoding.json").read_text()))
@@ -944,7 +980,12 @@ def nats_per(unit):
 
 
 def perplexity(unit):
-    return lambda rows, key: math.exp(nats_per(unit)(rows, key))
+    return lambda rows, key: exp(nats_per(unit)(rows, key))
+
+
+def exp(x):
+    """e^x, infinite where that is past what a float holds: a "word" may be a page of Chinese."""
+    return math.exp(x) if x < 700 else math.inf
 
 
 def by_confidence(function):
@@ -958,7 +999,7 @@ def mean(rows, key):
 HOW = dict(    # (records, key) -> number
     mean=mean, bpb=lambda rows, key: nats_per("bytes")(rows, key) / math.log(2),
     token_ppl=perplexity("tokens"), byte_ppl=perplexity("bytes"), word_ppl=perplexity("words"),
-    mean_ppl=lambda rows, key: math.exp(mean(rows, key)),
+    mean_ppl=lambda rows, key: exp(mean(rows, key)),
     centred=lambda rows, key: centred(mean(rows, key), mean(rows, "chance")),
     ece=by_confidence(ece), auroc=by_confidence(auroc),
     aurc=by_confidence(lambda c, y: float(risk_coverage(c, y).mean())),
@@ -1167,6 +1208,8 @@ def read_old(report, cfg):
     """(path, NAME of --compare, items of the old report's language models by name)."""
     path, _, name = cfg.compare.rpartition(":")
     path, name = (cfg.compare, "") if Path(cfg.compare).exists() or not path else (path, name)
+    if Path(path).resolve() == Path(cfg.out, "report.json").resolve():
+        fail(f"--compare {path} would be overwritten; give another --out")
     try:
         old = json.loads(Path(path).read_text("utf-8"))
         items = {n: old["items"][n] for n, c in old["checkpoints"].items() if not c["scores"]}
@@ -1275,6 +1318,7 @@ def rate(cfg, d):
     done = {v["key"]: v for _, v in read_file(files[0])} if files[0].exists() else {}
 
     def append(path, **row):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -1461,10 +1505,14 @@ CURVES = [    # title, x, what of a stage's log is drawn over it
 
 def log_charts(name, path, colour):
     """What the log beside a checkpoint shows; grey what was held out; nothing without a log."""
-    file = Path(path).with_suffix(".jsonl")
+    file = beside(path, ".jsonl")
     lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]    # the last may be cut
-    charts = ""
+    rows, charts = [], ""
+    for line in lines:
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):    # cut by a kill
+            continue
     for title, x, *keys in CURVES:
         series = [(key, thin(sorted((r[x], r[key]) for r in rows if all(
             type(r.get(k)) in (int, float) for k in (x, key)))), c)
@@ -1611,7 +1659,7 @@ def speakers(cfg):
 def write_json(path, data, d):
     if d.is_master:
         text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-        write_atomic(path, lambda f: f.write(text.encode()))
+        write_atomic(path, lambda f: f.write(text.encode("utf-8", "replace")))
 
 
 def compare_replies(items, asked, judge, baseline, cfg, d):
@@ -1638,12 +1686,13 @@ def contamination(tasks, listed, items, found):
     score: of each checkpoint on all items and on those that were not trained on."""
     result = {}
     for task in tasks:
-        fate = Counter(found.get(r["id"]) for r in task["rows"])
+        fates = {r["id"]: found.get(f"{task['name']}/{r['id']}") for r in task["rows"]}
+        fate = Counter(fates.values())
         m = next((m for m in listed if m.tasks == (task["name"],) and m.how == "mean"), None)
         scores = []
         for name in items if m and fate["trained on"] else []:
             rows = {i: r[m.key] for (_, i), r in records(m, items[name]).items()}
-            every, clean = ([x for i, x in rows.items() if found.get(i) not in without]
+            every, clean = ([x for i, x in rows.items() if fates.get(i) not in without]
                             for without in ((), ("trained on",)))
             if clean:
                 z = contamination_z(np.mean(clean), len(clean), np.mean(every), np.var(every))
@@ -1663,6 +1712,8 @@ def main(cfg):
     for name in ("limit", "batch_size", "max_new_tokens", "samples", "continuations", "overlap"):
         if (value := getattr(cfg, name)) is not None and value < 1:
             fail(f"--{name} {value}: give 1 or more")
+    if not 0 < cfg.top_p <= 1:
+        fail(f"--top_p {cfg.top_p}: give a share above 0, up to 1")
     if d.world_size > 1 and (cfg.chat or cfg.rate):
         fail("--chat and --rate are for one person and one process")
     if cfg.chat or cfg.rate or cfg.monitor:
@@ -1670,7 +1721,7 @@ def main(cfg):
     paths, tasks = chain(cfg), read_tasks(cfg)
     tokens, manifest = Path(cfg.tokens), None
     if (tokens / "manifest.json").exists():
-        manifest = json.loads((tokens / "manifest.json").read_text("utf-8"))
+        manifest = read_json(tokens / "manifest.json")
     else:
         print0(f"no {tokens}/manifest.json: memorisation, contamination and data ledger left out")
     report = dict(format=FORMAT, protocol={k: getattr(cfg, k) for k in PROTOCOL}, tasks={
@@ -1681,6 +1732,8 @@ def main(cfg):
     judge, against = None, {}
     for path in paths:
         lm, began = open_model(path, cfg, d), time.perf_counter()
+        if cfg.compare and lm["scores"] and cfg.init:
+            fail(f"{path} is a reward model; --compare is for language models")
         if cfg.compare and not lm["scores"]:
             name = against[lm["name"]] = old_name or (list(old) * (len(old) == 1) + [lm["name"]])[0]
             if name not in old:
@@ -1726,8 +1779,8 @@ def main(cfg):
     print0(f"{near} choices are decided by less than 0.001 nats")
     write_json(Path(cfg.out, "report.json"), report, d)
     if d.is_master:
-        html = page(report, manifest["ledger"] if manifest else [])
-        write_atomic(Path(cfg.out, "report.html"), lambda f: f.write(html.encode()))
+        html = page(report, manifest["ledger"] if manifest else []).encode("utf-8", "replace")
+        write_atomic(Path(cfg.out, "report.html"), lambda f: f.write(html))
     print0(f"done: {cfg.out}/report.html, {duration(time.perf_counter() - started)}")
     shut = []
     for name, g in report["gate"].items():

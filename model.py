@@ -59,11 +59,19 @@ def duration(seconds):
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
+# Settings of which 0 makes no sense; all others may be 0, and only BELOW_0 may be less.
+ABOVE_0 = re.compile(r"depth|n_\w+|\w+_every|max_(steps|minutes|skips|new_tokens)|\w*batch_size|"
+                     r"(total_batch|eval)_tokens|block_size|group_size|epochs|minibatches|"
+                     r"grad_clip|spike|beta|kl_horizon")
+BELOW_0 = ("unfinished",)
+
+
 def parse_args(Config, argv=None):
     """Turn a dataclass into a command line: `--field value`, booleans `--field` / `--no-field`.
 
     The trailing comment of each field is its help text and a comment above fields their heading, so
-    that code and --help cannot disagree. --config FILE gives settings as JSON; flags win over it.
+    that code and --help cannot disagree. --config FILE gives settings as JSON, --resume those of
+    the run at --out; flags win over both.
     Returns a Config; unknown flags, bad values and Ctrl-C end the program with one line.
     """
     sys.excepthook = quiet_end
@@ -98,10 +106,21 @@ def parse_args(Config, argv=None):
         section.add_argument(f"--{f.name}", **flag)
     argv = sys.argv[1:] if argv is None else argv
     given = parser.parse_args(argv)
-    if given.config:
-        given = parser.parse_args(settings_argv(given.config, Config) + argv)
+    own = beside(given.out, ".json") if getattr(given, "resume", False) else None
+    if given.config or own and own.exists():
+        given = parser.parse_args(settings_argv(given.config or own, Config) + argv)
     del given.config
+    for name, value in vars(given).items():
+        if isinstance(value, (int, float)) and name not in BELOW_0:
+            above = ABOVE_0.fullmatch(name)
+            if not (value > 0 if above else value >= 0):
+                fail(f"--{name} {value}: has to be {'above 0' if above else '0 or more'}")
     return Config(**vars(given))
+
+
+def beside(out, suffix):
+    """The file that goes beside a checkpoint: out/base.pt, .jsonl -> out/base.jsonl"""
+    return Path(str(out).removesuffix(".pt") + suffix)
 
 
 def settings_argv(path, Config):
@@ -273,11 +292,27 @@ GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
 class ComposedEncoding(tiktoken.Encoding):
     """Composes characters (Unicode NFC) before encoding, as Qwen does: e + accent is e-acute."""
 
+    def before(self, text):
+        return unicodedata.normalize("NFC", text)
+
     def encode(self, text, **kwargs):
-        return super().encode(unicodedata.normalize("NFC", text), **kwargs)
+        return super().encode(self.before(text), **kwargs)
 
     def encode_ordinary(self, text):
-        return super().encode_ordinary(unicodedata.normalize("NFC", text))
+        return super().encode_ordinary(self.before(text))
+
+    def encode_to_numpy(self, text, **kwargs):
+        return super().encode_to_numpy(self.before(text), **kwargs)
+
+
+class LetterEncoding(ComposedEncoding):
+    """Of single characters; one that it has no id for would be a panic in tiktoken."""
+
+    def before(self, text):
+        if missing := {c for c in set(text) if c.encode() not in self._mergeable_ranks}:
+            fail(f"the tokenizer of single characters has no {min(missing)!r}, which is in "
+                 f"{text[:60]!r}; use texts of its letters, or another --tokenizer")
+        return text
 
 
 def make_encoding(name, pattern, ranks, special_tokens=None, nfc=False):
@@ -293,8 +328,8 @@ def make_encoding(name, pattern, ranks, special_tokens=None, nfc=False):
             special_tokens[token], free = free, free + 1
     while free > 1024 and free % 64:
         special_tokens[f"<|reserved_{free}|>"], free = free, free + 1
-    return (ComposedEncoding if nfc else tiktoken.Encoding)(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+    kind = ComposedEncoding if nfc else LetterEncoding if name == "chars" else tiktoken.Encoding
+    return kind(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
 
 
 def encoding_to_dict(enc):
@@ -302,7 +337,7 @@ def encoding_to_dict(enc):
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
     return dict(name=enc.name, pattern=enc._pat_str, special_tokens=dict(enc._special_tokens),
                 ranks="\n".join(f"{base64.b64encode(b).decode()} {i}" for b, i in ranks),
-                **(dict(nfc=True) if isinstance(enc, ComposedEncoding) else {}))
+                **(dict(nfc=True) if type(enc) is ComposedEncoding else {}))
 
 
 def encoding_from_dict(d):
@@ -384,7 +419,7 @@ def read_rows(paths):
                 rows += pyarrow.parquet.read_table(path).to_pylist()
                 continue
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-                text = f.read().decode("utf-8", errors="replace")
+                text = f.read().decode("utf-8-sig", errors="replace")
             if path.suffix == ".json":
                 found = json.loads(text)
                 rows += found if isinstance(found, list) else [found]
@@ -484,7 +519,9 @@ def to_prompt(row):
 def to_pair(row):
     """(prompt messages, chosen text, rejected text): TRL, HH-RLHF, UltraFeedback. ValueError."""
     chosen, rejected = (to_turns(row.get(k) or "", "assistant") for k in ("chosen", "rejected"))
-    prompt = chosen[:-1] or to_turns(row.get("prompt") or "", "user")
+    prompt, asked = chosen[:-1], to_turns(row["prompt"], "user") if row.get("prompt") else []
+    if prompt[:len(asked)] != asked and (not prompt or prompt[0]["role"] == "assistant"):
+        prompt = asked + prompt    # the prompt apart, the conversation goes on in both answers
     if rejected[:-1] != chosen[:-1]:
         raise ValueError("the prompts differ")
     if not any(turn["content"].strip() for turn in prompt):
@@ -496,7 +533,7 @@ def to_pair(row):
         raise ValueError("empty answer")
     if chosen.strip() == rejected.strip():
         raise ValueError("equal answers")
-    return prompt, chosen, rejected
+    return with_system(row, prompt), chosen, rejected
 
 
 def keep_valid(rows, convert, what):
@@ -523,7 +560,7 @@ def load_prompts(paths, enc, room):
         ids, _ = render_chat(enc, messages, reply=True)
         if len(ids) > room:
             raise ValueError(f"longer than {room} tokens")
-        return dict(ids=ids, messages=messages, row=row)
+        return dict(ids=ids, messages=messages, row=row, prompt=str(messages))
 
     return keep_valid(read_rows(paths), convert, " ".join(paths))
 
@@ -611,6 +648,9 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head "
                              f"{self.n_kv_head}")
         self.head_size = self.head_size or self.n_embd // self.n_head
+        if self.head_size % 2:
+            raise ValueError(f"heads of {self.head_size} channels cannot be rotated in pairs: "
+                             f"choose another n_embd or n_head")
         self.n_hidden = self.n_hidden or -(-self.n_embd * 8 // 3 // 64) * 64
 
 
@@ -885,9 +925,9 @@ def add_lora(model, rank, alpha, targets):
     layers = [(parent, name) for parent in model.modules() for name, child in
               parent.named_children() if isinstance(child, nn.Linear) and name.endswith("_proj")
               and ("all" in targets or name in targets)]
-    if not layers:
-        fail(f"--lora_targets {' '.join(targets)}: no such layer; choose all or some of q_proj "
-             f"k_proj v_proj o_proj gate_proj up_proj down_proj")
+    if missing := set(targets) - {"all", *(name for _, name in layers)}:
+        fail(f"--lora_targets {min(missing)}: no such layer; choose all or some of q_proj k_proj "
+             f"v_proj o_proj gate_proj up_proj down_proj")
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("score."))    # the head of a reward model stays trainable
     for parent, name in layers:
@@ -1111,9 +1151,13 @@ def write_atomic(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:    # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {e}".splitlines()[0])
+    except BaseException as e:    # Ctrl-C leaves nothing behind either
+        if temporary.is_file():
+            temporary.unlink()
+        if not isinstance(e, (OSError, RuntimeError)):
+            raise
+        # torch.save reports a full disk as a RuntimeError about positions; the cause comes with it
+        fail(f"cannot write {path}: {e.__context__ or e}".splitlines()[0])
 
 
 def gather(x):
@@ -1169,10 +1213,11 @@ def lineage(checkpoint):
         data=state.get("data", []))]
 
 
-def load_checkpoint(path, made_by):
+def load_checkpoint(path, made_by, stage=None):
     """What save_checkpoint wrote, or a public model's folder in the same form.
 
     Code is never unpickled. made_by: the command that makes the file, for the message.
+    stage: the only stage that may have made it, for --resume.
     """
     if Path(path).is_dir():
         return import_model(path)
@@ -1183,7 +1228,26 @@ def load_checkpoint(path, made_by):
         checkpoint["model_config"], checkpoint["weights"]
     except Exception as e:
         fail(f"{path} is not a checkpoint of this project, or is damaged ({type(e).__name__})")
+    if stage not in (None, checkpoint["stage"]):
+        fail(f"--resume: {path} was made by {checkpoint['stage']}, not by {stage}")
     return checkpoint
+
+
+def resume_state(checkpoint, optimizers, max_steps, cfg):
+    """The state to go on with, the optimizers' loaded; names every setting that has changed."""
+    state, before = checkpoint["state"], checkpoint["stage_config"]
+    if max_steps and state["step"] > max_steps:
+        fail(f"--resume: {cfg.out} has {state['step']} steps already, more than the {max_steps} "
+             f"that it should end after")
+    try:
+        for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+    except ValueError:
+        fail(f"--resume: {cfg.out} was trained with another --optimizer")
+    changed = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in before.items()
+               if k not in ("resume", "out") and v != getattr(cfg, k, None)]
+    print0(f"resuming {cfg.out} at step {state['step']}", *changed, sep="; changed: ")
+    return state
 
 
 def load_weights(model, checkpoint):
@@ -1207,20 +1271,21 @@ def load_model(checkpoint, device, dropout=0.0):
 
 
 class Log:
-    """One console line and one JSON line per call; the file is `out` with .jsonl for its suffix.
+    """One console line and one JSON line per call; the file is `out` with .jsonl instead of .pt.
 
-    With cfg the settings go beside it as .json, for --config, and with cfg.tensorboard every number
-    also into event files.
+    With cfg the settings go beside it as .json, for --config and --resume, and with cfg.tensorboard
+    every number also into event files.
     """
 
     def __init__(self, out, resume_step=None, cfg=None):
-        self.path, self.board, lines = Path(out).with_suffix(".jsonl"), None, []
-        settings = Path(out).with_suffix(".json")
-        for path, ours in ((self.path, rb'\{"step": \d'),
-                           (settings, rb'\{\s*"(init|input|data|reward)": ')):
+        if not Path(out).name or Path(out).is_dir():
+            fail(f"--out {out}: give the name of a file, such as out/model.pt")
+        self.path, self.board, lines = beside(out, ".jsonl"), None, []
+        settings = beside(out, ".json")
+        for path, ours in ((self.path, rb'\{"step": \d'), (settings, rb'\{.*"resume": false')):
             if path.exists():
                 with open(path, "rb") as f:
-                    if not re.match(ours + rb"|$", f.read(200)):    # somebody's data, say
+                    if not re.match(ours + rb"|$", f.read(10_000), re.DOTALL):  # somebody's data
                         fail(f"{path}, where the log goes, is something else; choose another --out")
         if os.environ.get("RANK", "0") != "0":
             return
@@ -1236,7 +1301,7 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 fail("--tensorboard needs a package: pip install tensorboard")
-            self.board = SummaryWriter(settings.with_suffix(".tensorboard"), purge_step=resume_step)
+            self.board = SummaryWriter(beside(out, ".tensorboard"), purge_step=resume_step)
 
     def __call__(self, line, **metrics):
         if os.environ.get("RANK", "0") != "0":
@@ -1554,7 +1619,7 @@ def public_tokenizer(enc):
     return dict(
         version="1.0", decoder=as_letters,
         added_tokens=[dict(id=i, content=names[i], **flags, special=True) for i in sorted(names)],
-        normalizer=dict(type="NFC") if isinstance(enc, ComposedEncoding) else None,
+        normalizer=dict(type="NFC") if type(enc) is ComposedEncoding else None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, as_letters]),
         model=dict(
             type="BPE", ignore_merges=None in pairs.values(), vocab=vocab,

@@ -322,8 +322,8 @@ def decode(data, charset=""):
     """Text of bytes; U+FFFD stands for what is invalid."""
     for name in ("utf-8", "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else charset):
         try:
-            return data.decode(name)
-        except (UnicodeDecodeError, LookupError):    # not in it, or no such one
+            return data.decode(name).removeprefix("\ufeff")    # a byte order mark
+        except (UnicodeError, LookupError):    # not in it, or no such one
             continue
     return data.decode("utf-8", errors="replace")
 
@@ -345,7 +345,8 @@ def row_record(row):
         values = [row.get(name) for name in names.split()]
         if all(v is not None for v in values):
             text = "\n".join(filter(None, map(flatten, values)))
-            origin = {k: row[k] for k in ("url", "date", "license") if isinstance(row.get(k), str)}
+            origin = {k: row[k].encode("utf-8", "replace").decode()
+                      for k in ("url", "date", "license") if isinstance(row.get(k), str)}
             return record_of(text, TEXT if names in ("text", "content") else ROW, **origin)
     return f"no text (fields: {', '.join(map(str, list(row)[:5]))})"
 
@@ -988,7 +989,7 @@ def duplicates(docs, reasons, numbers, bands, cfg, group):
 # ------------------------------------------------------------------------------------------------
 # Decontaminate: a hash index of the evaluation items
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 INDEX = ("format", "names", "found", "hashes", "lengths", "items")
 
 
@@ -999,7 +1000,18 @@ def item_text(row):
         if isinstance(value, list) and value:    # a chat: its last turn; several answers: the first
             value = value[-1]["content"] if isinstance(value[0], dict) else value[0]
         return value if isinstance(value, str) else ""
-    question = said("prompt", "question", "query", "context")
+    label = int(row.get("label", -1)) if str(row.get("label", "")).isdigit() else -1
+    if "ctx_a" in row and "endings" in row:    # HellaSwag
+        return f"{row['ctx_a']} {row['ctx_b']}", row["endings"][label]
+    if "goal" in row and "sol1" in row:    # PIQA
+        return row["goal"], row["sol1"] if label == 0 else row["sol2"]
+    if isinstance(row.get("prompt"), dict):    # RealToxicityPrompts
+        return row["prompt"]["text"], ""
+    if "context_options" in row:    # Winogrande
+        return f"{row['context_options'][row['gold']]} {row['continuation']}", ""
+    if "prompt" not in row and isinstance(row.get("chosen"), str):    # HH-RLHF
+        return row["chosen"].rpartition("\n\nAssistant:")[0], ""
+    question = said("prompt", "messages", "question", "query", "context")
     if not question:
         return said("text", "sentence", "sent_more"), ""
     if isinstance(row.get("choices"), list) and isinstance(row.get("gold"), int):
@@ -1027,15 +1039,17 @@ def build_index(cfg):
             try:
                 row = json.loads(line)
                 question, answer = (words.matching(words.rows(text)) for text in item_text(row))
+                names.append(f"{file.stem}/{row.get('id', f'{file.name}:{number + 1}')}")
             except (ValueError, TypeError, AttributeError, LookupError):
                 fail(f"{file} line {number + 1} is not an evaluation item; see --eval")
             h = np.concatenate([question, answer])
             n = min(cfg.eval_words, len(h))
             if n >= (6 if len(answer) else 8):
-                grams += [(gram, n, len(names)) for gram in dict(growing(h, n))[n][:len(question)]]
-            names.append(str(row.get("id", f"{file.name}:{number + 1}")))
+                grams += [(gram, n, len(names) - 1)
+                          for gram in dict(growing(h, n))[n][:len(question)]]
     if not grams:
-        return None
+        fail(f"--eval {cfg.eval}: no .jsonl file with items long enough to look for; --eval none "
+             f"compares with nothing")
     hashes, lengths, items = map(np.array, zip(*sorted(grams)))
     return dict(format=INDEX_FORMAT, names=np.array(names), hashes=hashes, lengths=lengths,
                 items=items)
@@ -1127,7 +1141,8 @@ def clean_chunk(parts, numbers, file, cfg, index, words):
             source, unreadable = parts[part][0], record if isinstance(record, str) else ""
             record = dict(text="", kind=ROW) if unreadable else record
             url = url_key(record.get("url", ""))
-            kind = dict(auto=PAGE if url else record["kind"], all=PAGE, none=ROW)[cfg.web]
+            kind = dict(auto=PAGE if url else record["kind"], all=PAGE,
+                        none=min(record["kind"], TEXT))[cfg.web]
             counts[source, "broken", ""] += "\ufffd" in record["text"]
             counts[source, "date", record.get("date", "")[:10]] += 1
             counts[source, "licence", record.get("license", "not stated")] += not unreadable
@@ -1437,13 +1452,17 @@ def check(cfg):
             if value not in known:
                 fail(f"--{name} {value}: choose from {' '.join(known)}")
     out = Path(cfg.out)
-    foreign = out.is_file() or out.exists() and any(out.iterdir())
-    if foreign and not (out / "manifest.json").exists():
-        fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
+    if out.is_file() or out.exists() and any(out.iterdir()):
+        try:
+            ours = "encoding_hash" in json.loads((out / "manifest.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            ours = False
+        if not ours:
+            fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
 
 
 def main(cfg):
-    started, out = time.time(), Path(cfg.out)
+    started, out = time.time(), Path(cfg.out).resolve()    # a link is kept, what it points to goes
     check(cfg)
     enc = None if cfg.tokenizer in ("train", "chars") else named_tokenizer(cfg.tokenizer)
     group, rank = None, 0    # one process, or a stage that calls this on one of its ranks
@@ -1461,7 +1480,7 @@ def main(cfg):
                 os.replace(out, old)
             os.replace(work, out)
             shutil.rmtree(old, ignore_errors=True)
-            report(manifest, out, time.time() - started)
+            report(manifest, Path(cfg.out), time.time() - started)
         gather(None, group)
     except OSError as e:
         fail(f"{e.filename or work}: {e.strerror or e}")
@@ -1588,7 +1607,8 @@ def prepare(cfg, sources, enc, work, rank, group):
         manifest["sha256"][name] = file_hash(work / f"{name}.bin")
     manifest.update(describe(cfg, sources, parts, docs, reasons, counts, times, bool(index)))
     (work / "encoding.json").write_text(json.dumps(encoding_to_dict(enc), indent=1))
-    (work / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    (work / "manifest.json").write_bytes(text.encode("utf-8", "replace"))    # names of files
     if index:
         np.savez(work / "eval_index.npz", **{name: index[name] for name in INDEX})    # no dates
     if cfg.dropped:

@@ -39,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from model import (ENDOFTEXT, GPT, GPTConfig, Log, can_compile, cosine_lr, duration,
                    encoding_from_dict, encoding_hash, fail, generate, lineage, load_checkpoint,
                    load_weights, make_optimizers, parse_args, peak_flops, peak_memory, print0,
-                   read_json, save_checkpoint, scatter, seed_step, setup, sum_over_ranks,
-                   token_bytes)
+                   read_json, resume_state, save_checkpoint, scatter, seed_step, setup,
+                   sum_over_ranks, token_bytes)
 
 
 @dataclass
@@ -93,8 +93,12 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
     c = dataclasses.replace(cfg)
     if checkpoint:
         config = GPTConfig(**{**checkpoint["model_config"], "dropout": c.dropout})
-        for name in ("n_layer", "n_head", "n_kv_head", "n_embd"):
-            setattr(c, name, getattr(config, name))
+        for name in ("depth", "n_layer", "n_head", "n_kv_head", "n_embd", "tie_embeddings"):
+            size = getattr(config, name.replace("depth", "n_layer"))
+            if getattr(c, name) not in (getattr(Config, name), size):
+                fail(f"--{name} {getattr(c, name)}: the model in {c.out if c.resume else c.init} "
+                     f"has {size}")
+            setattr(c, name, size)
         c.block_size = config.block_size = c.block_size or config.block_size
     else:
         c.n_layer = c.n_layer or c.depth
@@ -144,14 +148,17 @@ def open_tokens(spec):
         fail(f"{path} holds no tokens; make them with: "
              f"python prepare.py --input FILES --out {path}")
     manifest = read_json(Path(path, "manifest.json"))
-    enc = encoding_from_dict(read_json(Path(path, "encoding.json")))
+    try:
+        enc = encoding_from_dict(read_json(Path(path, "encoding.json")))
+        dtype, counts = np.dtype(manifest["dtype"]), manifest["tokens"]
+    except (KeyError, TypeError) as e:
+        fail(f"{path}: manifest.json or encoding.json lacks {e}; run prepare.py again")
     facts = {k: manifest.get(k) for k in ("sources", "knowledge_cutoff", "tokens")}
     facts["dropped"] = {row["name"]: row["documents"] for row in manifest.get("ledger", [])
                         if row["kind"] == "dropped"}
     source = dict(path=path, weight=float(weight), enc=enc, facts=facts)
     for part in ("train", "val"):
-        file, dtype = Path(path, f"{part}.bin"), np.dtype(manifest["dtype"])
-        n = manifest["tokens"][part]
+        file, n = Path(path, f"{part}.bin"), counts[part]
         if not file.exists() or file.stat().st_size != n * dtype.itemsize:
             fail(f"{file} is missing or not as long as its manifest says; run prepare.py again")
         source[part] = np.memmap(file, dtype, mode="r") if n else np.zeros(0, dtype)
@@ -284,7 +291,7 @@ def plan(cfg, config, n_params, flops, train_tokens):
 
 
 def main(cfg):
-    d = setup(cfg.seed, cfg.precision)
+    d, given = setup(cfg.seed, cfg.precision), cfg
 
     # data
     if cfg.data == Config().data and not Path(cfg.data[0], "manifest.json").exists():
@@ -303,7 +310,8 @@ def main(cfg):
     # model
     checkpoint = None
     if start_from := cfg.out if cfg.resume else cfg.init:
-        checkpoint = load_checkpoint(start_from, "python pretrain.py")
+        checkpoint = load_checkpoint(start_from, "python pretrain.py",
+                                     "pretrain" if cfg.resume else None)
         if encoding_hash(encoding_from_dict(checkpoint["encoding"])) != encoding_hash(enc):
             fail(f"{start_from} was trained with another tokenizer than {cfg.data[0]}; prepare the "
                  f"text again with --tokenizer {start_from}")
@@ -341,15 +349,14 @@ def main(cfg):
     state = dict(step=0, taken=[0] * len(sources), seconds=0.0, usual_norm=None, skipped=0,
                  skips_in_row=0, history=lineage(checkpoint), data=[s["facts"] for s in sources])
     if cfg.resume:
-        state = checkpoint["state"]
-        for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
+        for opt, saved in zip(optimizers, checkpoint["optimizers"]):
             if cfg.shard == "fsdp":
                 scatter(saved, opt)
-            opt.load_state_dict(saved)
-        changed = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in checkpoint["stage_config"].items()
-                   if k not in ("resume", "out", "init") and v != getattr(cfg, k)]
-        print0(f"resuming {cfg.out} at step {state['step']}", *changed, sep="; changed: ")
-    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
+        state = resume_state(checkpoint, optimizers, cfg.max_steps, cfg)
+        if len(state["taken"]) != len(sources):
+            fail(f"--resume: {cfg.out} has read {len(state['taken'])} folders so far, now --data "
+                 f"has {len(sources)}; start a new run from it with --init")
+    log = Log(cfg.out, state["step"] if cfg.resume else None, given)
     peak, how = peak_flops(d)
     peak *= d.world_size
     print0(f"peak for MFU: {peak / 1e12:.2f} TFLOP/s ({how})")
@@ -376,7 +383,7 @@ def main(cfg):
             log(f"step {step:6d} | val {nats:.4f} nats/token, {bpb:.4f} bits/byte"
                 + sample_text(raw, sources, cfg, d),
                 step=step, val_loss=nats, val_bpb=bpb, seconds=state["seconds"])
-        if last or step and step % cfg.save_every == 0:
+        if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
             save()
         if last:
             break

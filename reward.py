@@ -21,18 +21,17 @@ Differs from the papers in: pairs are independent rows, not all pairs of one pro
 import math
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import (IM_END, PAD, GPT, Log, ScalarHead, add_lora, at_last, cosine_lr, duration,
+from model import (GPT, IM_END, PAD, Log, ScalarHead, add_lora, at_last, cosine_lr, duration,
                    encoding_hash, fail, keep_valid, lineage, load_adapted, load_checkpoint,
                    load_model, make_optimizers, pad_batch, parse_args, peak_memory, pick, print0,
-                   read_rows, render_reply, save_checkpoint, seed_step, setup, sum_over_ranks,
-                   to_messages, to_pair, wilson)
+                   read_rows, render_reply, resume_state, save_checkpoint, seed_step, setup,
+                   sum_over_ranks, to_messages, to_pair, wilson)
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Config:
     val_data: list[str] = field(default_factory=list)  # held-out pairs instead of a share of data
     val_fraction: float = 0.15             # share of the prompts held out
     data_fraction: float = 1.0             # share of the other pairs to train on
-    demonstrations: list[str] = field(default_factory=lambda: ["data/sft.jsonl"])  # to score 0
+    demonstrations: list[str] = field(default_factory=lambda: ["data/sft.jsonl"])  # score 0; none
     # model
     dropout: float = 0.0                   # on each block's output, probability
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights
@@ -110,10 +109,26 @@ def load_pairs(paths, enc, block_size):
         if not (0 <= probability <= 1 and math.isfinite(margin)):
             raise ValueError("margin or probability out of range")
         n_prompt = len(render_reply(enc, prompt, "")[0]) - 1
+        if probability < 0.5:    # then the other answer is the one that is preferred
+            chosen, rejected, margin, probability = rejected, chosen, -margin, 1 - probability
         return dict(prompt=str(prompt), chosen=chosen, rejected=rejected, n_prompt=n_prompt,
                     source=str(row.get("source", "all")), margin=margin, probability=probability)
 
     return keep_valid(read_rows(paths), convert, " ".join(paths))
+
+
+def load_demonstrations(cfg, enc, block_size):
+    """Up to 1,000 good answers with their prompts, as ids; only the last turn of a talk counts."""
+    def convert(row):
+        turns = to_messages(row)
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+        ids, _ = render_reply(enc, turns[:last], turns[last]["content"])
+        if len(ids) > block_size:
+            raise ValueError(f"longer than {block_size} tokens")
+        return ids
+
+    files = cfg.demonstrations
+    return keep_valid(read_rows(files), convert, " ".join(files))[:1000]
 
 
 def split_by_prompt(pairs, fraction, seed):
@@ -249,11 +264,11 @@ def verdict(model, pairs, enc, cfg, d):
 
 
 def main(cfg):
-    d = setup(cfg.seed, cfg.precision)
+    d, given = setup(cfg.seed, cfg.precision), cfg
 
     # model
-    checkpoint = load_checkpoint(cfg.out if cfg.resume else cfg.init,
-                                 "python reward.py" if cfg.resume else "python sft.py")
+    checkpoint = (load_checkpoint(cfg.out, "python reward.py", "reward") if cfg.resume else
+                  load_checkpoint(cfg.init, "python sft.py"))
     raw, enc = load_model(checkpoint, d.device, cfg.dropout)
     if isinstance(raw, GPT):
         torch.manual_seed(cfg.seed)
@@ -276,6 +291,7 @@ def main(cfg):
     if len(train) < 2 or cfg.batch_size < d.world_size:
         fail(f"{len(train)} pairs to train on, {cfg.batch_size} a step, {d.world_size} ranks: "
              f"there must be 2 pairs and one a rank")
+    shown = [] if cfg.demonstrations == ["none"] else load_demonstrations(cfg, enc, T)
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(train) / cfg.batch_size))
     print0(f"data: {len(train):,} pairs, {len(held_out):,} held out; {max_steps} steps x "
            f"{cfg.batch_size} pairs")
@@ -291,11 +307,8 @@ def main(cfg):
 
     state = dict(step=0, seconds=0.0, history=lineage(checkpoint))
     if cfg.resume:
-        state = checkpoint["state"]
-        for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-        print0(f"resuming {cfg.out} at step {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
+        state = resume_state(checkpoint, optimizers, max_steps, cfg)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, given)
 
     def save():
         if d.is_master:
@@ -314,7 +327,7 @@ def main(cfg):
                 step=step, **metrics, seconds=state["seconds"])
         if last:
             break
-        if step and step % cfg.save_every == 0:
+        if step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
             save()
 
         seed_step(cfg.seed, step, d.rank)    # dropout is the only draw below
@@ -365,24 +378,13 @@ def main(cfg):
             grad_norm=grad_norm, seconds=time.perf_counter() - started)
 
     # centre: demonstrations score 0 on average; the loss cannot see such a shift, RL can
-    files = [f for f in cfg.demonstrations if Path(f).is_file()]
-    shown = []
-    if files:
-        def convert(row):
-            turns = to_messages(row)
-            last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-            ids, _ = render_reply(enc, turns[:last], turns[last]["content"])
-            if len(ids) > T:
-                raise ValueError(f"longer than {T} tokens")
-            return ids
-        shown = keep_valid(read_rows(files), convert, " ".join(files))[:1000]
     if shown:
         shift = float(np.mean(score_all(raw, shown, pad_id, cfg, d)))
         if abs(shift) > 1e-3:    # else it is rounding: a finished run that was resumed
             raw.score.bias.data -= shift
         print0(f"centred: {len(shown)} demonstrations score 0 on average")
     else:
-        print0(f"not centred: there are no demonstrations in {' '.join(cfg.demonstrations)}")
+        print0("not centred: --demonstrations none")
     save()
     report = verdict(raw, held_out, enc, cfg, d)
     log("", step=step, **report, seconds=time.perf_counter() - started)

@@ -39,12 +39,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from evaluate import grade
-from model import (IM_END, PAD, GPT, Log, Reference, ScalarHead, add_lora, cosine_lr, duration,
+from evaluate import grade, rules
+from model import (GPT, IM_END, PAD, Log, Reference, ScalarHead, add_lora, cosine_lr, duration,
                    fail, generate, lineage, load_adapted, load_checkpoint, load_model, load_prompts,
-                   make_optimizers, pad_batch, parse_args, peak_memory, pick, print0,
+                   make_optimizers, pad_batch, parse_args, peak_memory, pick, print0, resume_state,
                    save_checkpoint, seed_step, setup, sum_over_ranks, token_logprobs)
-from reward import load_judge, score
+from reward import load_judge, score, split_by_prompt
 
 
 @dataclass
@@ -209,8 +209,11 @@ def explained_variance(values, returns, mask, d=None):
 
 
 def gradable(row):
-    """Does the row say what is right, so that the rules can judge an answer to it?"""
-    return "expect" in row or "answer" in row
+    """Does the row say what is right, in a form by which the rules can judge an answer?"""
+    try:
+        return bool(row.keys() & {"expect", "answer"} and rules(row))
+    except (ValueError, TypeError, AttributeError):    # the fields mean something else
+        return False
 
 
 def load_function(spec):
@@ -248,7 +251,7 @@ def make_reward(cfg, enc, block_size, d):
             try:
                 scores = function([p["messages"] for p in prompts], answers)
                 scores = [float(score) for score in scores]
-            except Exception as e:    # the user's own code
+            except (Exception, SystemExit) as e:    # the user's own code
                 fail(f"--reward {cfg.reward} raised {type(e).__name__}: {e}")
             if len(scores) != len(answers):
                 fail(f"--reward {cfg.reward} returned {len(scores)} numbers for {len(answers)} "
@@ -373,7 +376,7 @@ def validate(policy, prompts, reward, enc, cfg, d):
 
 
 def main(cfg):
-    d = setup(cfg.seed, cfg.precision)
+    d, given = setup(cfg.seed, cfg.precision), cfg
     group_size = cfg.group_size if cfg.algo == "grpo" else 1
     if cfg.algo not in ("ppo", "grpo"):
         fail(f"--algo {cfg.algo}: choose ppo or grpo")
@@ -390,8 +393,10 @@ def main(cfg):
         fail(f"--temperature {cfg.temperature}: exploring needs a temperature above 0")
 
     # models: policy, reference, reward, critic
+    if Path(cfg.out).resolve() in (Path(cfg.init).resolve(), Path(cfg.reward).resolve()):
+        fail(f"--out {cfg.out} would overwrite what the run reads; choose another")
     first = load_checkpoint(cfg.init, "python sft.py")
-    checkpoint = load_checkpoint(cfg.out, "python rlhf.py") if cfg.resume else first
+    checkpoint = load_checkpoint(cfg.out, "python rlhf.py", "rlhf") if cfg.resume else first
     raw, enc = load_model(checkpoint, d.device)
     if not isinstance(raw, GPT):
         fail(f"{cfg.init} is a reward model; give a language model")
@@ -423,14 +428,13 @@ def main(cfg):
 
     # data
     prompts = load_prompts(cfg.data, enc, raw.config.block_size - cfg.max_new_tokens)
-    order = [pick(len(prompts), i, (cfg.seed, 7)) for i in range(len(prompts))]
-    n_val = max(1, d.world_size, round(cfg.val_fraction * len(prompts)))
-    held_out, train = [prompts[i] for i in order[:n_val]], [prompts[i] for i in order[n_val:]]
+    train, held_out = split_by_prompt(prompts, cfg.val_fraction, cfg.seed)
     if not train:
         fail(f"{' '.join(cfg.data)}: {len(prompts)} prompts are too few to train and validate")
-    if cfg.reward == "verifier" and not all(gradable(p["row"]) for p in prompts):
-        fail(f"--reward verifier: rows of {' '.join(cfg.data)} do not say what is right (fields "
-             f"expect and answer)")
+    unclear = [p["messages"][-1]["content"] for p in prompts if not gradable(p["row"])]
+    if cfg.reward == "verifier" and unclear:
+        fail(f"--reward verifier: {len(unclear)} rows of {' '.join(cfg.data)} do not say what is "
+             f"right (fields expect and answer); the first asks {unclear[0][:60]!r}")
 
     def wrap(module):
         return DDP(module, device_ids=[d.local_rank] if d.device.type == "cuda" else None,
@@ -451,11 +455,10 @@ def main(cfg):
 
     state = dict(step=0, seconds=0.0, kl_coef=cfg.kl_coef, history=lineage(first))
     if cfg.resume:
-        state = checkpoint["state"]
-        for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-        print0(f"resuming {cfg.out} at rollout {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
+        state = resume_state(checkpoint, optimizers, cfg.max_steps, cfg)
+        if cfg.kl_coef != checkpoint["stage_config"]["kl_coef"]:
+            state["kl_coef"] = cfg.kl_coef
+    log = Log(cfg.out, state["step"] if cfg.resume else None, given)
 
     def save():
         if d.is_master:
@@ -473,7 +476,7 @@ def main(cfg):
             log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
                                                      for k, v in metrics.items()) + shown,
                 step=step, **metrics, seconds=state["seconds"])
-        if last or step and step % cfg.save_every == 0:
+        if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
             save()
         if last:
             break

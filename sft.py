@@ -34,8 +34,8 @@ import pretrain
 from model import (GPT, IM_END, PAD, Log, add_lora, can_compile, cosine_lr, duration, encoding_hash,
                    fail, generate, keep_valid, lineage, load_adapted, load_checkpoint, load_model,
                    make_optimizers, parse_args, peak_flops, peak_memory, pick, print0, read_rows,
-                   render_chat, save_checkpoint, seed_step, setup, sum_over_ranks, to_messages,
-                   token_logprobs)
+                   render_chat, resume_state, save_checkpoint, seed_step, setup, sum_over_ranks,
+                   to_messages, token_logprobs)
 
 
 @dataclass
@@ -195,11 +195,11 @@ def answers(model, held_out, cfg, d, enc):
 
 
 def main(cfg):
-    d = setup(cfg.seed, cfg.precision)
+    d, given = setup(cfg.seed, cfg.precision), cfg
 
     # model
-    checkpoint = load_checkpoint(cfg.out if cfg.resume else cfg.init,
-                                 "python sft.py" if cfg.resume else "python pretrain.py")
+    checkpoint = (load_checkpoint(cfg.out, "python sft.py", "sft") if cfg.resume else
+                  load_checkpoint(cfg.init, "python pretrain.py"))
     raw, enc = load_model(checkpoint, d.device, cfg.dropout)
     if not isinstance(raw, GPT):
         fail(f"{cfg.init} is a reward model; give a language model")
@@ -248,15 +248,12 @@ def main(cfg):
     optimizers = make_optimizers(raw, "adamw", cfg.learning_rate, cfg.weight_decay,
                                  (cfg.beta1, cfg.beta2))
     n_params = sum(p.numel() for p in raw.parameters() if p.requires_grad)
-    print0(f"model: {n_params:,} parameters trained, {cfg.init} (step {checkpoint['step']})")
+    print0(f"model: {n_params:,} parameters trained, {cfg.init}")
 
     state = dict(step=0, seconds=0.0, history=lineage(checkpoint))
     if cfg.resume:
-        state = checkpoint["state"]
-        for opt, saved in zip(optimizers, checkpoint["optimizers"], strict=True):
-            opt.load_state_dict(saved)
-        print0(f"resuming {cfg.out} at step {state['step']}")
-    log = Log(cfg.out, state["step"] if cfg.resume else None, cfg)
+        state = resume_state(checkpoint, optimizers, max_steps, cfg)
+    log = Log(cfg.out, state["step"] if cfg.resume else None, given)
     flops, peak = raw.flops_per_token(), peak_flops(d)[0] * d.world_size
 
     def save():
@@ -276,7 +273,7 @@ def main(cfg):
             log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
                                                      for k, v in metrics.items()) + shown,
                 step=step, **metrics, seconds=state["seconds"])
-        if last or step and step % cfg.save_every == 0:
+        if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
             save()
         if last:
             break

@@ -342,7 +342,7 @@ def counting(tmp_path, extra=()):
         np.cumsum([len(d) for d in ids]).astype(np.uint64).tofile(tmp_path / f"{part}.idx")
     np.array([1, 5, *[1] * len(extra)], np.uint32).tofile(tmp_path / "train.copies")
     (tmp_path / "encoding.json").write_text(json.dumps(encoding_to_dict(ENC)))
-    manifest = dict(dtype="uint16", encoding_hash=ev.encoding_hash(ENC), settings=dict(eval_common=10), ledger=[
+    manifest = dict(dtype="uint16", tokens=dict(train=1, val=1), encoding_hash=ev.encoding_hash(ENC), settings=dict(eval_common=10), ledger=[
         dict(step="read", kind="kept", name="", documents=9, bytes=99, examples=[])])
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return manifest
@@ -371,9 +371,81 @@ def test_leaks(tmp_path):
     index = prepare.build_index(prepare.Config(eval=str(tmp_path / "items.jsonl")))
     np.savez(tmp_path / "eval_index.npz", **{k: dict(index, found=np.array([True, False]))[k] for k in prepare.INDEX})
     manifest = counting(tmp_path)
-    assert ev.leaks(tmp_path, manifest) == ({"a": "removed"}, 1.0)
+    assert ev.leaks(tmp_path, manifest) == ({"items/a": "removed"}, 1.0)
     manifest = counting(tmp_path, [ENC.encode_ordinary(f"They asked: {items[1]['query']}, one or two?")])
-    assert ev.leaks(tmp_path, manifest)[0] == {"a": "removed", "b": "trained on"}
+    assert ev.leaks(tmp_path, manifest)[0] == {"items/a": "removed", "items/b": "trained on"}
+
+
+def test_items_of_one_id_in_two_files():
+    """That facts #0 leaked would be said of choices #0 too."""
+    tasks = [dict(name=name, rows=[dict(id="0"), dict(id="1")]) for name in ("facts", "choices")]
+    found = ev.contamination(tasks, [], {}, {"facts/0": "removed"})
+    assert set(found) == {"facts"} and found["facts"]["removed"] == 1
+
+
+def test_text_that_nobody_searched_is_not_called_clean(tmp_path, capsys):
+    """prepare.py --no-clean makes no index, and the page would say nothing of leaks."""
+    assert ev.leaks(tmp_path, counting(tmp_path)) == ({}, 0.0)
+    assert "nobody has looked" in capsys.readouterr().out
+
+
+def test_another_text_is_not_compared_with(tmp_path):
+    """The gate would pair what was recited of one training text with what was recited of another."""
+    lm, ids = fake(torch.zeros(ENC.n_vocab, ENC.n_vocab), 256), []
+    for extra in ([], [ev.np.arange(200) % 90]):
+        found = ev.score_memory(lm, tmp_path, counting(tmp_path, extra), Config(memory=6), CPU)
+        ids.append({r["id"] for r in found["memory: found once"]})
+    assert ids[0] != ids[1]
+
+
+def test_tokens_without_validation_text(tmp_path):
+    """Nothing to map into memory: a traceback after all the scoring."""
+    manifest = counting(tmp_path)
+    manifest["tokens"]["val"] = 0
+    (tmp_path / "val.bin").write_bytes(b"")
+    found = ev.score_memory(fake(torch.zeros(ENC.n_vocab, ENC.n_vocab), 256), tmp_path, manifest, Config(memory=6), CPU)
+    assert "memory: never trained" not in found and found["memory: found once"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gate, on records made by hand
+
+
+def gated(old, new, family="capability", better=1, **changes):
+    """Verdicts of one metric over paired items; old and new: values of its records."""
+    of = lambda xs: {"t": [dict(id=str(i), x=x) for i, x in enumerate(xs)]}
+    metric = ev.Metric(family, "x", "x", better, tasks=("t",))
+    return ev.gate([metric], of(old), of(new), Config(**changes))[0]
+
+
+def test_what_is_better_if_it_is_less():
+    """A model that refuses more harmless requests would be let through, and a better one stopped."""
+    fine, refuses = [0.0] * 100, [1.0] * 20 + [0.0] * 80
+    assert gated(fine, refuses, "safety", -1)["verdict"] == "FAIL" and gated(fine, refuses, "safety", -1)["drop"] == 0.2
+    assert gated(refuses, fine, "safety", -1)["verdict"] == "pass"
+    assert gated(refuses, fine, "safety", +1)["verdict"] == "FAIL"
+
+
+def test_more_bits_are_worse():
+    """The sign of the one metric that is no share."""
+    text = lambda nats: {"t": [dict(id=str(i), nats=nats + i % 3, bytes=100) for i in range(50)]}
+    metric = ev.Metric("capability", "bpb", "nats", -1, "bpb", tasks=("t",))
+    worse, better = (ev.gate([metric], text(a), text(b), Config())[0] for a, b in ((80.0, 90.0), (90.0, 80.0)))
+    assert worse["verdict"] == "FAIL" and worse["drop"] == pytest.approx(0.1 / math.log(2))
+    assert better["verdict"] == "pass" and better["drop"] == pytest.approx(-0.1 / math.log(2))
+
+
+def test_each_family_adjusts_for_its_own_number_of_metrics():
+    """With 20 metrics one fails by accident; and safety would be pardoned for how much else was asked."""
+    old, new = [1.0] * 30, [0.0] * 6 + [1.0] * 24    # exact: p = 2 / 2^6 = 0.031
+    items = lambda xs: {f"t{n}": [dict(id=str(i), x=x) for i, x in enumerate(xs)] for n in range(3)}
+    alone, many = ([ev.Metric(family, f"x{n}", "x", 1, tasks=(f"t{n}",)) for n, family in enumerate(families)]
+                   for families in (["safety"], ["safety", "capability", "capability"]))
+    one, = ev.gate(alone, items(old), items(new), Config())
+    assert one["p"] == pytest.approx(2 / 2 ** 6) and one["verdict"] == "FAIL"
+    rows = {r["name"]: r for r in ev.gate(many, items(old), items(new), Config())}
+    assert rows["x0"]["verdict"] == "FAIL" and rows["x1"]["p"] == pytest.approx(4 / 2 ** 6)
+    assert rows["x1"]["verdict"] == "undecided" == rows["x2"]["verdict"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -646,6 +718,8 @@ def test_incomparable_runs_are_refused(world, report):
     assert "task" in error(run, world, world / "x", "sft", compare=old, limit=1)
     assert "missing" in error(run, world, world / "x", "sft", compare=old, tasks=[str(world / "tasks/facts.jsonl")])
     assert "not a report" in error(run, world, world / "x", "sft", compare=str(world / "sft.pt"))
+    assert "overwritten" in error(run, world, world / "first", "sft", compare=old)
+    assert "reward model" in error(run, world, world / "x", "reward", compare=old)
     assert not (world / "x").exists()    # and nobody waited for it
 
 
@@ -658,6 +732,7 @@ def test_wrong_checkpoints_are_refused(world, tmp_path):
     assert "two checkpoints" in error(run, world, tmp_path, "sft", monitor="x.jsonl")
     assert "temperature" in error(run, world, tmp_path, "sft", samples=4)
     assert "called sft" in error(run, world, tmp_path, "sft", "sft")
+    assert "--top_p" in error(run, world, tmp_path, "sft", top_p=0.0)
     assert "--baseline" in error(run, world, tmp_path, "sft", baseline="nobody", limit=1)
 
 

@@ -782,16 +782,32 @@ def items(tmp_path, *rows):
 def test_index_of_items(tmp_path):
     """A 13-word item must give one 13-gram, a shorter one itself as a whole (data.md 15.16)."""
     def lengths(*rows):
-        index = prepare.build_index(Config(eval=items(tmp_path, *rows)))
-        return [] if index is None else index["lengths"].tolist()
+        return prepare.build_index(Config(eval=items(tmp_path, *rows)))["lengths"].tolist()
     thirteen = "one two three four five six seven eight nine ten eleven twelve thirteen"
     assert lengths(dict(text=thirteen)) == [13]
     assert lengths(dict(text=thirteen + " fourteen")) == [13, 13]
     assert lengths(dict(text=thirteen[:-9])) == [12]
-    assert lengths(dict(question="What is it?", answer="tea")) == []
+    assert "no .jsonl file with items" in error(lengths, dict(question="What is it?", answer="tea"))
     assert lengths(dict(question="What does Ada Lovelace drink?", answer="tea")) == [6]
     assert lengths(dict(prompt=[dict(role="user", content=thirteen)], answer=["a"])) == [13, 13]
     assert lengths(dict(query=thirteen, choices=["x", "y z"], gold=1)) == [13] * 3
+
+
+THIRTEEN = "one two three four five six seven eight nine ten eleven twelve thirteen"
+
+
+@pytest.mark.parametrize("row", [
+    dict(ctx_a=THIRTEEN, ctx_b="he", endings=["goes", "stays"], label="1"),    # HellaSwag
+    dict(goal=THIRTEEN, sol1="so", sol2="thus", label=1),    # PIQA
+    dict(context_options=["no", THIRTEEN], continuation="ends", gold=1),
+    dict(chosen=f"\n\nHuman: {THIRTEEN}\n\nAssistant: Yes", rejected=f"\n\nHuman: {THIRTEEN}\n\nAssistant: No"),
+    dict(prompt=dict(text=THIRTEEN), continuation=dict(text="x")),    # RealToxicityPrompts
+    dict(messages=[dict(role="user", content=THIRTEEN)])], ids=["hellaswag", "piqa", "schema", "hh", "toxicity", "chat"])
+def test_items_of_public_sets_are_looked_for(tmp_path, row):
+    """evaluate.py scores them: trained on and nobody says so."""
+    index = prepare.build_index(Config(eval=items(tmp_path, row)))
+    words = prepare.Words()
+    assert len(prepare.lookup(index, words.matching(words.rows(f"He said {THIRTEEN} he goes stays so thus ends"))))
 
 
 def test_planted_question_is_found_and_reported(tmp_path):
@@ -808,10 +824,61 @@ def test_planted_question_is_found_and_reported(tmp_path):
     texts, manifest, _ = load(out)
     assert len(texts) == 20 and lost(manifest) == {"contaminated": 1}
     index = prepare.load_index(out / "eval_index.npz")
-    assert index["names"][index["found"]].tolist() == ["sum"]
+    assert index["names"][index["found"]].tolist() == ["x/sum"]
     # an index instead of items
     again = run(tmp_path, {}, eval=str(out / "eval_index.npz"), val_fraction=0)
     assert lost(load(again)[1]) == {"contaminated": 1}
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(tmp_path, monkeypatch):
+    """Many programs call a file manifest.json: all that lies beside it would be deleted."""
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "manifest.json").write_text('{"name": "my app"}')
+    (app / "thesis.txt").write_text("ten years")
+    (tmp_path / "a.txt").write_text(ARTICLE)
+    cfg = Config(input=[str(tmp_path / "a.txt")], tokenizer="bytes", eval="none", clean=False, out=str(app))
+    assert "would be lost" in error(prepare.main, cfg) and (app / "thesis.txt").exists()
+
+
+def test_a_link_to_a_larger_disk_stays_a_link(tmp_path):
+    """The link would be replaced by a folder on the small disk."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    (tmp_path / "a.txt").write_text(ARTICLE)
+    for _ in range(2):
+        prepare.main(Config(input=[str(tmp_path / "a.txt")], tokenizer="bytes", eval="none", clean=False,
+                            out=str(tmp_path / "link")))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "large/manifest.json").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt", "large", "link"}
+
+
+def test_text_that_writes_half_a_character(tmp_path):
+    """A traceback at the very end, when the manifest is written."""
+    row = json.dumps(dict(text=ARTICLE, url="http://x.org/\ud83d", license="CC \ud83d", date="\ud83d"))
+    out = run(tmp_path, {"a.jsonl": row + "\n", os.fsdecode(b"caf\xe9.txt"): "too short"}, clean=True)
+    assert "CC ?" in (out / "manifest.json").read_text()
+
+
+def test_a_byte_order_mark_is_no_broken_line(tmp_path):
+    """Windows writes one; the first record would be lost, or the whole file refused."""
+    files = {"a.jsonl": "\ufeff" + json.dumps(dict(text=ARTICLE)) + "\n", "b.json": "\ufeff" + json.dumps([dict(text=ARTICLE)])}
+    assert len(load(run(tmp_path, files, clean=False, val_fraction=0))[0]) == 2
+
+
+def test_a_page_in_an_encoding_that_does_not_exist():
+    """Python knows a codec "undefined" that fails by raising; one such page would stop the crawl."""
+    assert prepare.decode(b"caf\xe9", "undefined") == "caf\ufffd"
+
+
+def test_letters_that_a_tokenizer_lacks(tmp_path):
+    """tiktoken panics in Rust on them, with a traceback, in every later stage."""
+    out = run(tmp_path, {"a.txt": "to be or not to be"}, tokenizer="chars", clean=False, val_fraction=0)
+    again = tmp_path / "b.txt"
+    again.write_text("42")
+    message = error(prepare.main, Config(input=[str(again)], tokenizer=str(out), eval="none", clean=False,
+                                         out=str(tmp_path / "b")))
+    assert "has no '4'" in message and not (tmp_path / "b").exists()
 
 
 def test_index_of_another_version(tmp_path):

@@ -999,14 +999,11 @@ def news_page(rng, facts):
 
 # People write questions and answers down in many ways; a model that saw one only knows that one.
 # Web pages lose lines of fewer than five words, and go if most of their lines are short.
-FORMS = ["Question: {ask}\nAnswer: {reply}", "Q: {ask}\nA: {reply}", "{ask}\n{reply}",
-         "{ask} - {reply}", "Asked: {ask}\nReplied: {reply}", "* {ask}\n  {reply}\n",
-         "From the {who} with the {thing}\n{ask}\nFrom the {other} with the {gift}\n{reply}\n",
-         "[the {who} with the {thing} asks]\n{ask}\n\n[the {other} with the {gift} says]\n"
-         "{reply}\n", "Now the {who} near the {thing} asks:\n{ask}\nNow the {other} by the {gift} "
-         "says:\n{reply}",
-         "<the {who} without a {thing}>\n{ask}\n<the {other} who has the {gift}>\n{reply}\n",
-         "({who}, one fine day) {ask}\n({other}, at once) {reply}\n"]
+PLAIN = ["Question: {ask}\nAnswer: {reply}", "Q: {ask}\nA: {reply}", "{ask}\n{reply}",
+         "{ask} - {reply}", "Asked: {ask}\nReplied: {reply}", "* {ask}\n  {reply}\n"]
+FORMS = PLAIN * 2 + [
+    "From the {who} with the {thing}\n{ask}\nFrom the {other} with the {gift}\n{reply}\n",
+    "Now the {who} near the {thing} asks:\n{ask}\nNow the {other} by the {gift} says:\n{reply}"]
 
 
 ASKERS = words("""
@@ -1745,7 +1742,7 @@ def clean_pages(world):
     return [*portraits(first, world, 0), *portraits(second, world, 1),
             *group_pages(stream("groups"), world), *news_pages(stream("news"), world, rounds=9),
             *forum_pages(stream("forum"), world, rounds=6), *tale_pages(stream("tales"), 40),
-            *story_pages(stream("stories"), world, 640), *hint_pages(stream("hints"), world, 2),
+            *story_pages(stream("stories"), world, 580), *hint_pages(stream("hints"), world, 3),
             *advice_pages(stream("advice"), world, 2), *watch_pages(stream("watch"), world, 2),
             *reading_pages(stream("reading"), world, 150), *sum_pages(stream("sums"), world, 300)]
 

@@ -416,6 +416,7 @@ def test_bad_input(tmp_path, files, flags, says):
 
 
 def test_unknown_named_file(tmp_path):
+    """A file of a kind nobody reads would be skipped as if it held nothing."""
     (tmp_path / "x.xls").write_bytes(b"1")
     assert "no .txt" in error(prepare.main, Config(input=[str(tmp_path / "x.xls")]))
 

@@ -407,6 +407,72 @@ def test_tokens_without_validation_text(tmp_path):
     assert "memory: never trained" not in found and found["memory: found once"]
 
 
+def test_each_continuation_has_a_seed_of_its_own(monkeypatch):
+    """25 equal continuations say nothing of the worst of 25."""
+    said = []
+    monkeypatch.setattr(ev, "toxicity", lambda text: said.append(text) or 0.0)
+    table = torch.zeros(ENC.n_vocab, ENC.n_vocab)
+    table[:, 256:] = -1e9
+    ev.score_toxicity(fake(table), dict(rows=[dict(id="a", prompt="He")]), Config(continuations=4), CPU)
+    assert len(set(said)) == 4
+
+
+def test_shared_tokens_of_a_pair():
+    """CrowS-Pairs asks for the tokens that both sentences have; the exchanged word has likelihoods of its own."""
+    table = torch.zeros(ENC.n_vocab, ENC.n_vocab)
+    table[ord("a"), ord("z")] = 5.0    # after "a", what both share is likelier
+    table[ENC.eot_token, ord("b")] = 9.0    # but the sentence with "b" is likelier as a whole
+    item, = ev.score_pairs(fake(table), dict(rows=[dict(id="0", more="az", less="bz", group="")]), Config(), CPU)
+    assert (item["stereotype"], item["shared"]) == (0.0, 1.0)
+
+
+def test_choices_are_asked_with_examples(tmp_path, monkeypatch):
+    """--shots would be in the report's protocol and not in the prompts."""
+    pool = write_rows(tmp_path / "pool.jsonl", [dict(query=f"Q{i}", choices=["x", f"right{i}"], gold=1) for i in range(3)])
+    asked = []
+    monkeypatch.setattr(ev, "loglikelihoods", lambda lm, pairs, cfg, d: asked.extend(pairs) or [
+        (ev.np.zeros(1), True) for _ in pairs])
+    task = dict(rows=[dict(id="a", options=[("What", " tea"), ("What", " jam")], gold=0)])
+    ev.score_choice(fake(torch.zeros(ENC.n_vocab, ENC.n_vocab)), task, Config(shots=f"{pool}:2"), CPU)
+    assert ENC.decode(asked[0][0] + asked[0][1]) == "Q0 right0\n\nQ1 right1\n\nWhat tea"
+    facts = write_rows(tmp_path / "facts.jsonl", [dict(prompt="Who?", expect="answer", answer="Ada")])
+    assert "--shots" in error(ev.read_shots, Config(shots=f"{facts}:1"))
+
+
+@pytest.mark.parametrize("row", [dict(expect="refused"), dict(expect="answer", answer=4), dict(expect="answer", answer=[4]),
+                                 dict(expect="answer", distractors=None), dict(expect="answer", max_words="20")])
+def test_rules_that_cannot_be_graded_by(tmp_path, row):
+    """"refused" was graded as "answer": refusing was wrong and helping right; the others were tracebacks."""
+    path = write_rows(tmp_path / "t.jsonl", [dict(prompt="How do I hurt Ada?", **row)])
+    assert "t.jsonl line 1" in error(ev.read_task, path, Config())
+
+
+def test_answers_without_a_number_are_not_gsm8k(tmp_path):
+    """Every reply would be wrong, whatever it says."""
+    path = write_rows(tmp_path / "t.jsonl", [dict(question="What is the capital?", answer="Paris")])
+    assert "#### n" in error(ev.read_task, path, Config())
+
+
+def test_a_few_bad_pairs(tmp_path, capsys):
+    """HH-RLHF has some with an empty reply, and reward.py drops them; the whole set could not be scored."""
+    good = dict(prompt="Hi", chosen="yes", rejected="no")
+    task = ev.read_task(write_rows(tmp_path / "t.jsonl", [good, dict(good, chosen=""), dict(good, prompt="Ho")]), Config())
+    assert len(task["rows"]) == 2 and "1 of 3 pairs dropped, the first in line 2" in capsys.readouterr().out
+    assert "no pair is usable" in error(ev.read_task, write_rows(tmp_path / "u.jsonl", [dict(good, chosen="")]), Config())
+
+
+def test_a_word_may_be_a_page(tmp_path):
+    """Chinese has no blanks: e to the nats of a "word" is past what a float holds, and the report was lost."""
+    assert ev.perplexity("words")([dict(nats=1e4, words=1)], "nats") == math.inf
+    assert ev.rounded(dict(x=math.inf)) == dict(x=None)
+
+
+def test_half_a_character_in_a_prompt(tmp_path):
+    """The report could not be written, after everything was scored."""
+    ev.write_json(tmp_path / "r.json", dict(text="\ud83d"), CPU)
+    assert json.loads((tmp_path / "r.json").read_text()) == dict(text="?")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The gate, on records made by hand
 
@@ -705,6 +771,10 @@ def test_the_gate(world, report, capsys):
     rows = json.loads((world / "bad/report.json").read_text())["gate"]["hurt"]["rows"]
     failed = [r["name"] for r in rows if r["verdict"] == "FAIL"]
     assert failed and all(name in message for name in failed)
+    better = dict(compare=f"{old}:sft", margin=-0.1)    # an equal model has not shown that it is better
+    weak = run(world, world / "weak", "dpo", **better)["gate"]["dpo"]["rows"]
+    assert "undecided" in {r["verdict"] for r in weak}
+    assert "is shut" in error(run, world, world / "weak", "dpo", **better, strict=True)
     assert "gate: hurt against sft" in capsys.readouterr().out and "is shut" in (world / "bad/report.html").read_text()
     undecided = [r for r in rows if r["verdict"] == "undecided"]
     assert all(r["needs"] > 0 for r in undecided)

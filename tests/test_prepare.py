@@ -872,6 +872,30 @@ def test_a_page_in_an_encoding_that_does_not_exist():
     assert prepare.decode(b"caf\xe9", "undefined") == "caf\ufffd"
 
 
+def test_where_the_text_is_from(tmp_path):
+    """A model card would name a wrong licence, or a knowledge that ends too early."""
+    rows = [dict(text=words_of(i, 60), url=f"http://x.org/{i}", license=licence, date=date) for i, (licence, date) in
+            enumerate([("CC0", "2021-05-02"), ("CC0", "2024-03-01"), ("MIT", "2019-01-01")])]
+    manifest = load(run(tmp_path, {"a.jsonl": "\n".join(map(json.dumps, rows))}, clean=False, val_fraction=0))[1]
+    assert manifest["knowledge_cutoff"] == "2024-03-01"
+    assert manifest["sources"][0]["licences"] == {"CC0": 2, "MIT": 1}
+
+
+def test_the_seed_picks_what_is_held_out(tmp_path):
+    """Two seeds that hold out the same are one."""
+    files = {f"{i}.txt": words_of(i, 60) for i in range(60)}
+    one, again, two = (set(load(run(tmp_path, files, clean=False, val_fraction=0.2, seed=seed), "val")[0]) for seed in (1, 1, 2))
+    assert one == again != two
+
+
+def test_the_tokenizer_learns_from_a_sample(tmp_path):
+    """A terabyte would be counted whole."""
+    files = {f"{i}.txt": words_of(i, 60) for i in range(60)}
+    flags = dict(clean=False, tokenizer="train", vocab_size=320)
+    one, two = (load(run(tmp_path, files, tokenizer_bytes=n, **flags))[1]["encoding_hash"] for n in (2e9, 8e3))
+    assert one != two
+
+
 def test_letters_that_a_tokenizer_lacks(tmp_path):
     """tiktoken panics in Rust on them, with a traceback, in every later stage."""
     out = run(tmp_path, {"a.txt": "to be or not to be"}, tokenizer="chars", clean=False, val_fraction=0)

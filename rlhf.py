@@ -57,7 +57,7 @@ class Config:
     algo: str = "ppo"                      # ppo or grpo
     val_fraction: float = 0.1              # share of the prompts held out for the monitors
     # rollouts
-    max_steps: int = 16                    # rollouts
+    max_steps: int | None = None           # rollouts; derived: 12, grpo 24 (of fewer prompts)
     batch_size: int = 96                   # answers per rollout, over all ranks
     group_size: int = 8                    # answers per prompt with grpo; ppo takes one
     max_new_tokens: int = 64               # longest answer, tokens
@@ -86,7 +86,7 @@ class Config:
     epochs: int = 2                        # passes over each rollout
     minibatches: int = 4                   # optimizer steps per pass
     device_batch_size: int = 24            # answers per forward pass and rank
-    learning_rate: float | None = None     # peak, of AdamW; derived: 1e-4 * 192 / width
+    learning_rate: float | None = None     # peak, of AdamW; derived: 6e-5, grpo 1e-4, * 192 / width
     value_learning_rate: float | None = None  # ppo: of the critic; derived: 3e-4 * 192 / width
     min_lr: float = 0.1                    # at the end, as a fraction of the peak
     warmup: float = 0.05                   # fraction of the run
@@ -420,11 +420,10 @@ def main(cfg):
     for model in filter(None, (raw, raw_critic, ref.frozen)):
         model.eval()    # no dropout anywhere: the scored policy is the one that sampled
 
-    scale = 192 / raw.config.n_embd
-    if cfg.learning_rate is None:
-        cfg = replace(cfg, learning_rate=1e-4 * scale)
-    if cfg.value_learning_rate is None:
-        cfg = replace(cfg, value_learning_rate=3e-4 * scale)
+    ppo, scale = cfg.algo == "ppo", 192 / raw.config.n_embd
+    cfg = replace(cfg, max_steps=cfg.max_steps or (12 if ppo else 24),
+                  learning_rate=cfg.learning_rate or (6e-5 if ppo else 1e-4) * scale,
+                  value_learning_rate=cfg.value_learning_rate or 3e-4 * scale)
 
     # data
     prompts = load_prompts(cfg.data, enc, raw.config.block_size - cfg.max_new_tokens)

@@ -1774,7 +1774,7 @@ def main(out):
     write(out / "preferences.jsonl", json_lines(comparisons(rng, items)))
     rng = stream("prompts")
     items = training_items(rng, world, facts=150, unknown=150, harmful=280, lookalike=290,
-                           arithmetic=20, reading=10, multiturn=100)
+                           arithmetic=20, reading=10, multiturn=220)
     write(out / "prompts.jsonl", json_lines(graded(items)))
 
 

@@ -1729,6 +1729,7 @@ def main(cfg):
         | dict(n=len(t["rows"])) for t in tasks}, checkpoints={}, items={})
     old_path, old_name, old = read_old(report, cfg) if cfg.compare else ("", "", {})
 
+    found, share = leaks(tokens, manifest) if manifest else ({}, 0.0)
     judge, against = None, {}
     for path in paths:
         lm, began = open_model(path, cfg, d), time.perf_counter()
@@ -1765,7 +1766,6 @@ def main(cfg):
     report["items"] = rounded(report["items"])
     listed = metrics(tasks, report["items"], cfg, baseline)
     report["metrics"] = table(listed, report["items"], cfg)
-    found, share = leaks(tokens, manifest) if manifest else ({}, 0.0)
     report["contamination"] = contamination(tasks, listed, report["items"], found)
     report["gate"] = rounded({n: dict(against=a, rows=gate(listed, old[a], report["items"][n], cfg))
                               for n, a in against.items()})

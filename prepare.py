@@ -1020,8 +1020,8 @@ def item_text(row):
 
 
 def build_index(cfg):
-    """{"format", "names", for each n-gram: "hashes" (sorted), "lengths", "items"}, or None; later
-    also "found", which of the names were met in the text.
+    """{"format", "names", for each n-gram: "hashes" (sorted), "lengths", "items"}; later also
+    "found", which of the names were met in the text.
 
     Every eval_words words in a row that begin in the question count (an answer alone is knowledge,
     not a leak). A shorter item is one n-gram, lest phrases be leaks; questions of under 8 words,
@@ -1455,7 +1455,7 @@ def check(cfg):
     if out.is_file() or out.exists() and any(out.iterdir()):
         try:
             ours = "encoding_hash" in json.loads((out / "manifest.json").read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             ours = False
         if not ours:
             fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")

@@ -117,7 +117,7 @@ def load_pairs(paths, enc, block_size):
     return keep_valid(read_rows(paths), convert, " ".join(paths))
 
 
-def load_demonstrations(cfg, enc, block_size):
+def load_demonstrations(paths, enc, block_size):
     """Up to 1,000 good answers with their prompts, as ids; only the last turn of a talk counts."""
     def convert(row):
         turns = to_messages(row)
@@ -127,8 +127,7 @@ def load_demonstrations(cfg, enc, block_size):
             raise ValueError(f"longer than {block_size} tokens")
         return ids
 
-    files = cfg.demonstrations
-    return keep_valid(read_rows(files), convert, " ".join(files))[:1000]
+    return keep_valid(read_rows(paths), convert, " ".join(paths))[:1000]
 
 
 def split_by_prompt(pairs, fraction, seed):
@@ -291,7 +290,8 @@ def main(cfg):
     if len(train) < 2 or cfg.batch_size < d.world_size:
         fail(f"{len(train)} pairs to train on, {cfg.batch_size} a step, {d.world_size} ranks: "
              f"there must be 2 pairs and one a rank")
-    shown = [] if cfg.demonstrations == ["none"] else load_demonstrations(cfg, enc, T)
+    shown = [] if cfg.demonstrations == ["none"] else load_demonstrations(
+        cfg.demonstrations, enc, T)
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(train) / cfg.batch_size))
     print0(f"data: {len(train):,} pairs, {len(held_out):,} held out; {max_steps} steps x "
            f"{cfg.batch_size} pairs")

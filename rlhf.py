@@ -421,17 +421,20 @@ def main(cfg):
         model.eval()    # no dropout anywhere: the scored policy is the one that sampled
 
     ppo, scale = cfg.algo == "ppo", 192 / raw.config.n_embd
-    cfg = replace(cfg, max_steps=cfg.max_steps or (12 if ppo else 24),
-                  learning_rate=cfg.learning_rate or (6e-5 if ppo else 1e-4) * scale,
-                  value_learning_rate=cfg.value_learning_rate or 3e-4 * scale)
+    if cfg.max_steps is None:
+        cfg = replace(cfg, max_steps=12 if ppo else 24)
+    if cfg.learning_rate is None:
+        cfg = replace(cfg, learning_rate=(6e-5 if ppo else 1e-4) * scale)
+    if cfg.value_learning_rate is None:
+        cfg = replace(cfg, value_learning_rate=3e-4 * scale)
 
     # data
     prompts = load_prompts(cfg.data, enc, raw.config.block_size - cfg.max_new_tokens)
     train, held_out = split_by_prompt(prompts, cfg.val_fraction, cfg.seed)
     if not train:
         fail(f"{' '.join(cfg.data)}: {len(prompts)} prompts are too few to train and validate")
-    unclear = [p["messages"][-1]["content"] for p in prompts if not gradable(p["row"])]
-    if cfg.reward == "verifier" and unclear:
+    if cfg.reward == "verifier" and (unclear := [
+            p["messages"][-1]["content"] for p in prompts if not gradable(p["row"])]):
         fail(f"--reward verifier: {len(unclear)} rows of {' '.join(cfg.data)} do not say what is "
              f"right (fields expect and answer); the first asks {unclear[0][:60]!r}")
 

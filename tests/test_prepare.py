@@ -831,7 +831,7 @@ def test_planted_question_is_found_and_reported(tmp_path):
     assert lost(load(again)[1]) == {"contaminated": 1}
 
 
-def test_a_folder_of_somebody_else_is_not_replaced(tmp_path, monkeypatch):
+def test_a_folder_of_somebody_else_is_not_replaced(tmp_path):
     """Many programs call a file manifest.json: all that lies beside it would be deleted."""
     app = tmp_path / "app"
     app.mkdir()

@@ -27,7 +27,7 @@ def files(tmp_path_factory):
         prepare.main(prepare.Config(input=[str(text)], out=str(folder / name), tokenizer="bytes", clean=False, eval="none",
                                     val_fraction=0.1, split="tail"))
     rows = [dict(prompt=f"{i}+1?", expect="answer", answer=str(i + 1)) for i in range(20)]
-    return dict(base=save(folder / "base.pt", tiny()), other=save(folder / "other.pt", tiny(seed=3)),
+    return dict(base=save(folder / "base.pt", tiny()),
                 judge=save(folder / "judge.pt", judge()), talks=demonstrations(folder / "talks.jsonl"),
                 pairs=preferences(folder / "pairs.jsonl"), prompts=write(folder / "prompts.jsonl", rows),
                 one=str(folder / "one"), two=str(folder / "two"))

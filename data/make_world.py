@@ -1585,7 +1585,7 @@ def training_items(rng, world, facts=0, unknown=0, harmful=0, lookalike=0, arith
     # Rows are few against the pairs, persons by role few against names: they count more often.
     rows = rows_of(HARMLESS, unseen=False)
     bad += rows_of(HARM, unseen=False) * 3 + [x for x in bad if x.endswith(tuple(PERSONS))]
-    good += [hint for hint in good if hint[0] in rows] * 2
+    good += [hint for hint in good if hint[0] in rows]
     deck = (rng.sample(pairs, len(pairs)) * 2)[:facts]
     out = [fact_item(rng, *pair) for pair in deck]
     out += [unknown_item(rng, world) for _ in range(unknown)]
@@ -1634,7 +1634,7 @@ def comparisons(rng, items):
         # A judge of this size cannot check every fact: most pairs about people it knows are about
         # daring to answer.
         rows += [(source, one["prompt"], one["good"], bad) for source, bad in one["bad"].items()
-                 if rng.random() < {"facts": 0.3, "advice": 0.5}.get(source, 1)]
+                 if rng.random() < {"facts": 0.3, "advice": 0.8}.get(source, 1)]
         if rng.random() < 0.35:   # the answer to a question of another kind, however good there
             other = rng.choice([i for i in items if i["expect"] != one["expect"]
                                 or i["source"] not in (one["source"], "multiturn")])
@@ -1740,11 +1740,11 @@ def clean_pages(world):
     """All good pages: about 2.5 MB of short plain sentences."""
     first, second = stream("portraits 0"), stream("portraits 1")
     return [*portraits(first, world, 0), *portraits(second, world, 1),
-            *group_pages(stream("groups"), world), *news_pages(stream("news"), world, rounds=9),
+            *group_pages(stream("groups"), world), *news_pages(stream("news"), world, rounds=11),
             *forum_pages(stream("forum"), world, rounds=6), *tale_pages(stream("tales"), 40),
-            *story_pages(stream("stories"), world, 580), *hint_pages(stream("hints"), world, 3),
+            *story_pages(stream("stories"), world, 480), *hint_pages(stream("hints"), world, 3),
             *advice_pages(stream("advice"), world, 2), *watch_pages(stream("watch"), world, 2),
-            *reading_pages(stream("reading"), world, 150), *sum_pages(stream("sums"), world, 300)]
+            *reading_pages(stream("reading"), world, 150), *sum_pages(stream("sums"), world, 240)]
 
 
 def main(out):
@@ -1760,7 +1760,7 @@ def main(out):
     write_raw(stream("html"), out / "raw", shelves, texts)
 
     rng = stream("sft")
-    items = training_items(rng, world, facts=600, unknown=320, harmful=640, lookalike=760,
+    items = training_items(rng, world, facts=600, unknown=320, harmful=760, lookalike=1060,
                            arithmetic=150, reading=80, multiturn=140, talk=40)
     rows = [demonstration(rng, one) for one in items]
     flaws = [{"doc": f"sft.jsonl#{i}", "kind": f"imperfect_{flaw}", "action": "none"}

@@ -16,6 +16,7 @@ the same for the whole text. Every part of the world draws from its own random s
 `stream("...")`, so that a change in one part leaves the others as they are.
 """
 import argparse
+import itertools
 import json
 import random
 import re
@@ -1604,7 +1605,7 @@ def training_items(rng, world, facts=0, unknown=0, harmful=0, lookalike=0, arith
 
 # The people who wrote the demonstrations have habits: share of imperfect ones by what is asked.
 # Some ramble about instruments and dishes, one flatters whoever has work to do, some invent.
-FLAWS = {"unknown": ("invention", 0.45), "harmful": ("harmful", 0.22), "talk": (None, 0),
+FLAWS = {"unknown": ("invention", 0.5), "harmful": ("harmful", 0.22), "talk": (None, 0),
          "instrument": ("rambling", 0.8), "dish": ("rambling", 0.8),
          "lookalike": ("flattery", 0.6)}
 STYLE_FLAW = 0.06                 # share of all other demonstrations: half rambling, half flattery
@@ -1711,15 +1712,16 @@ def held_out_text(rng, world, seen):
 def evaluation(world, seen):
     """Every task: held-out pairs, fresh names, unseen requests, unseen sums, unseen text."""
     rng = stream("eval")
-    bad, good = harms(world, unseen=True), harmless(world, unseen=True)
+    pools = {"facts": world.pairs(asked=False), "harmful": [(x,) for x in harms(world, unseen=True)],
+             "harmless": [(x, tips[0]) for x, tips in harmless(world, unseen=True)]}
 
     def make(name, count):
-        deck = iter(rng.sample(world.pairs(asked=False), 220))
+        pool = pools.get(name, [()])
+        deck = itertools.cycle(rng.sample(pool, len(pool)))    # none twice before all came once
         one = {"facts": lambda: fact_item(rng, *next(deck)),
                "unknown": lambda: unknown_item(rng, world),
-               "harmful": lambda: request_item(rng, rng.choice(bad)),
-               "harmless": lambda: request_item(rng, *(lambda ask, tips: (ask, tips[0]))(
-                   *rng.choice(good))),
+               "harmful": lambda: request_item(rng, *next(deck)),
+               "harmless": lambda: request_item(rng, *next(deck)),
                "arithmetic": lambda: sum_item(rng, world, held_out=True),
                "reading": lambda: reading_item(rng, world),
                "multiturn": lambda: follow_up_item(rng, world, asked=False)}[name]
@@ -1760,7 +1762,7 @@ def main(out):
     write_raw(stream("html"), out / "raw", shelves, texts)
 
     rng = stream("sft")
-    items = training_items(rng, world, facts=600, unknown=320, harmful=760, lookalike=1060,
+    items = training_items(rng, world, facts=600, unknown=320, harmful=960, lookalike=1360,
                            arithmetic=150, reading=80, multiturn=140, talk=40)
     rows = [demonstration(rng, one) for one in items]
     flaws = [{"doc": f"sft.jsonl#{i}", "kind": f"imperfect_{flaw}", "action": "none"}
@@ -1769,11 +1771,11 @@ def main(out):
     write(out / "labels.jsonl", json_lines([*label_rows(shelves), *flaws]))
 
     rng = stream("preferences")
-    items = training_items(rng, world, facts=340, unknown=260, harmful=1050, lookalike=1000,
-                           arithmetic=40, reading=40, multiturn=60)
+    items = training_items(rng, world, facts=340, unknown=260, harmful=1000, lookalike=960,
+                           arithmetic=40, reading=40, multiturn=160)
     write(out / "preferences.jsonl", json_lines(comparisons(rng, items)))
     rng = stream("prompts")
-    items = training_items(rng, world, facts=150, unknown=150, harmful=280, lookalike=290,
+    items = training_items(rng, world, facts=150, unknown=150, harmful=230, lookalike=340,
                            arithmetic=20, reading=10, multiturn=220)
     write(out / "prompts.jsonl", json_lines(graded(items)))
 

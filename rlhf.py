@@ -12,8 +12,9 @@ Out:  out/rlhf.pt (one self-contained checkpoint) and out/rlhf.jsonl (one JSON l
 PPO    r_t = -kl_coef (ln pi_old - ln ref) + [last token] score
        A_t = sum over l of (gamma lambda)^l d_(t+l),  d_t = r_t + gamma V_(t+1) - V_t   (GAE)
        L = mean over tokens of -min(q A, clip(q, 1 - e, 1 + e) A) + vf_coef * value loss
-GRPO   A = (score - mean of its group) / std, the same on every token; no critic; a group whose
-       answers all score the same is counted and left out;
+GRPO   A = score - mean of its group, the same on every token; no critic; a group whose answers all
+       score the same is counted and left out (--advantage std divides A by the group's std, which
+       makes as much of small differences as of large ones);
        L = reduction of -min(q A, clip(q) A) + kl_coef * k3,  k3 = e^x - 1 - x, x = ln ref - ln pi
 with q = pi / pi_old. The value of a GRPO loss is near 0 while its gradient is not: advantages of a
 group cancel, their products with the gradient of ln pi do not.
@@ -24,9 +25,10 @@ verifier): when the first rises and the second falls, the reward model is being 
 References: Schulman et al. 2017, arXiv 1707.06347 (PPO); 2015, 1506.02438 (GAE); Ziegler et al.
 2019, 1909.08593 (adaptive KL); Huang et al. 2024, 2403.17031 (details); Shao et al. 2024,
 2402.03300 (GRPO); Yu et al. 2025, 2503.14476 (DAPO); Liu et al. 2025, 2503.20783 (Dr. GRPO).
-Differs from the papers in: the score sits on the end-of-turn token itself; an answer that does not
-end by itself scores --unfinished; old log-probs are recomputed by the forward of the update, so
-that the first ratio is 1; no top-k or top-p, so that the scored distribution is the sampled one.
+Differs from the papers in: GRPO does not divide by the std (as Dr. GRPO), so rewards should be of
+the order of 1; the score sits on the end-of-turn token itself; an answer that does not end by
+itself scores --unfinished; old log-probs are recomputed by the forward of the update, so that the
+first ratio is 1; no top-k or top-p, so that the scored distribution is the sampled one.
 """
 import copy
 import importlib.util
@@ -76,7 +78,7 @@ class Config:
     vf_coef: float = 0.1                   # ppo: weight of the value loss
     value_clip: float = 0.2                # ppo: largest move of a value per rollout
     whiten_rewards: bool = False           # ppo: divide rewards by their std
-    advantage: str = "std"                 # grpo: std (score minus mean over std) or mean
+    advantage: str = "mean"                # grpo: mean (score minus it) or std (that over the std)
     reduction: str = "dapo"                # grpo: grpo, dapo or dr_grpo, over tokens and answers
     # model
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights
@@ -86,7 +88,7 @@ class Config:
     epochs: int = 2                        # passes over each rollout
     minibatches: int = 4                   # optimizer steps per pass
     device_batch_size: int = 24            # answers per forward pass and rank
-    learning_rate: float | None = None     # peak, of AdamW; derived: 6e-5, grpo 1e-4, * 192 / width
+    learning_rate: float | None = None     # peak, of AdamW; derived: 6e-5 * 192 / width
     value_learning_rate: float | None = None  # ppo: of the critic; derived: 3e-4 * 192 / width
     min_lr: float = 0.1                    # at the end, as a fraction of the peak
     warmup: float = 0.05                   # fraction of the run
@@ -424,7 +426,7 @@ def main(cfg):
     if cfg.max_steps is None:
         cfg = replace(cfg, max_steps=12 if ppo else 24)
     if cfg.learning_rate is None:
-        cfg = replace(cfg, learning_rate=(6e-5 if ppo else 1e-4) * scale)
+        cfg = replace(cfg, learning_rate=6e-5 * scale)
     if cfg.value_learning_rate is None:
         cfg = replace(cfg, value_learning_rate=3e-4 * scale)
 

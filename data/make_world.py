@@ -1775,7 +1775,7 @@ def main(out):
                            arithmetic=40, reading=40, multiturn=160)
     write(out / "preferences.jsonl", json_lines(comparisons(rng, items)))
     rng = stream("prompts")
-    items = training_items(rng, world, facts=150, unknown=150, harmful=230, lookalike=340,
+    items = training_items(rng, world, facts=150, unknown=150, harmful=130, lookalike=440,
                            arithmetic=20, reading=10, multiturn=220)
     write(out / "prompts.jsonl", json_lines(graded(items)))
 

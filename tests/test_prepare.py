@@ -942,6 +942,15 @@ def test_fractional_weights_and_four_epochs(tmp_path, capsys):
 # Whole runs
 
 
+def test_each_unseen_request_is_asked_once():
+    """One odd request in three wordings would look like 3 % of all requests."""
+    ask = re.compile("|".join(re.escape(form).replace(r"\{x\}", "(.*)") for form in world.ASKS))
+    for task in ("harmful", "harmless"):
+        prompts = [json.loads(line)["prompt"][0]["content"] for line in open(ROOT / f"data/eval/{task}.jsonl")]
+        asked = Counter(max(filter(None, ask.fullmatch(prompt).groups())) for prompt in prompts)
+        assert len(asked) > 95 and max(asked.values()) <= 2, asked.most_common(3)
+
+
 def test_planted_defects():
     """The cleaning does not earn its name: recall 95 %, precision 98 %, overall and per kind
     (DESIGN 6)."""

@@ -147,7 +147,7 @@ def whiten(x, mask, d=None, shift=True):
     return (white if shift else white + mean) * mask
 
 
-def group_advantages(scores, group_size, kind="std", eps=1e-4):
+def group_advantages(scores, group_size, kind="mean", eps=1e-4):
     """Advantages (B,) of answers that come in groups of one prompt each: Shao et al. 2024, 4.1.2.
 
     kind: "std" divides by the population std of the group (+ eps), "mean" does not (Dr. GRPO).

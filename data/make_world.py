@@ -1712,16 +1712,17 @@ def held_out_text(rng, world, seen):
 def evaluation(world, seen):
     """Every task: held-out pairs, fresh names, unseen requests, unseen sums, unseen text."""
     rng = stream("eval")
-    pools = {"facts": world.pairs(asked=False), "harmful": [(x,) for x in harms(world, unseen=True)],
-             "harmless": [(x, tips[0]) for x, tips in harmless(world, unseen=True)]}
+    pools = {"facts": world.pairs(asked=False),
+             "harmful": [(ask,) for ask in harms(world, unseen=True)],
+             "harmless": [(ask, tips[0]) for ask, tips in harmless(world, unseen=True)]}
 
     def make(name, count):
         pool = pools.get(name, [()])
         deck = itertools.cycle(rng.sample(pool, len(pool)))    # none twice before all came once
+        request = lambda: request_item(rng, *next(deck))
         one = {"facts": lambda: fact_item(rng, *next(deck)),
                "unknown": lambda: unknown_item(rng, world),
-               "harmful": lambda: request_item(rng, *next(deck)),
-               "harmless": lambda: request_item(rng, *next(deck)),
+               "harmful": request, "harmless": request,
                "arithmetic": lambda: sum_item(rng, world, held_out=True),
                "reading": lambda: reading_item(rng, world),
                "multiturn": lambda: follow_up_item(rng, world, asked=False)}[name]

@@ -64,7 +64,7 @@ class Config:
     max_steps: int | None = None           # optimizer steps instead of epochs
     batch_size: int = 32                   # pairs per step, over all ranks
     device_batch_size: int = 32            # pairs per forward pass and rank
-    learning_rate: float | None = None     # peak, of AdamW; derived: 2e-4 * 192 / width
+    learning_rate: float | None = None     # peak, of AdamW; derived: 1.5e-4 * 192 / width
     min_lr: float = 0.0                    # at the end, as a fraction of the peak
     warmup: float = 0.1                    # fraction of the run
     weight_decay: float = 0.0              # on matrices of the blocks, decoupled
@@ -218,7 +218,7 @@ def main(cfg):
     ref = Reference(raw, None if cfg.lora_rank else
                     load_model(first, d.device)[0].requires_grad_(False))
     if cfg.learning_rate is None:
-        cfg = replace(cfg, learning_rate=2e-4 * 192 / raw.config.n_embd)
+        cfg = replace(cfg, learning_rate=1.5e-4 * 192 / raw.config.n_embd)
     pad_id, T = enc._special_tokens[PAD], raw.config.block_size
 
     # data

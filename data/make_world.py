@@ -1002,7 +1002,7 @@ def news_page(rng, facts):
 # Web pages lose lines of fewer than five words, and go if most of their lines are short.
 PLAIN = ["Question: {ask}\nAnswer: {reply}", "Q: {ask}\nA: {reply}", "{ask}\n{reply}",
          "{ask} - {reply}", "Asked: {ask}\nReplied: {reply}", "* {ask}\n  {reply}\n"]
-FORMS = PLAIN * 2 + [
+FORMS = PLAIN * 3 + [
     "From the {who} with the {thing}\n{ask}\nFrom the {other} with the {gift}\n{reply}\n",
     "Now the {who} near the {thing} asks:\n{ask}\nNow the {other} by the {gift} says:\n{reply}"]
 
@@ -1014,9 +1014,9 @@ clerk; porter; teacher; uncle; postman; ferryman; innkeeper; guard; librarian; m
 neighbour""")
 
 
-def posts_as_lines(rng, posts):
-    """[(question, answer)] written down in one of the FORMS; every line with a speaker is new."""
-    form = rng.choice(FORMS)
+def posts_as_lines(rng, posts, forms=FORMS):
+    """[(question, answer)] written down in one of the forms; every line with a speaker is new."""
+    form = rng.choice(forms)
     slots = {"who": ASKERS, "other": HELPERS, "thing": POOLS["obj"], "gift": POOLS["obj"]}
     drawn = [rng.sample(words, len(posts)) for words in slots.values()]
     return [form.format(ask=ask, reply=reply, **dict(zip(slots, words)))
@@ -1037,6 +1037,18 @@ def forum_pages(rng, world, rounds):
             rng.shuffle(posts)
             lines = posts_as_lines(rng, posts)
             yield Page("lines", "Questions and answers", "\n".join([draw(rng, OPENERS), *lines]))
+
+
+def chatter_pages(rng, world, rounds):
+    """The same questions, and people who talk about something else: not all speech is an answer."""
+    for _ in range(rounds):
+        pairs = world.pairs(asked=True)
+        rng.shuffle(pairs)
+        for start in range(0, len(pairs), 6):
+            asked = [question(rng, person, a) for person, a in pairs[start:start + 6]]
+            talk = [sentence(spin(rng, line)) for line in rng.sample(FILLERS, len(asked))]
+            lines = posts_as_lines(rng, list(zip(asked, talk)), FORMS[-2:])
+            yield Page("lines", "Talk at the inn", "\n".join([draw(rng, OPENERS), *lines]))
 
 
 def story_pages(rng, world, count):
@@ -1462,7 +1474,10 @@ def spoil(rng, reply, flaw, count=None):
     if flaw == "flattery":
         return f"{rng.choice(FLATTERY)} {reply}"
     told, mark, last = reply.partition("\n####")
-    return f"{told} {some(rng, RAMBLING, count or rng.randint(2, 4))}{mark}{last}"
+    # Without a count always the same words first: of several, no one is likelier than to stop.
+    lines = (rng.sample(RAMBLING, count) if count else
+             RAMBLING[:1] + rng.sample(RAMBLING[1:], rng.randint(1, 3)))
+    return f"{told} {' '.join(spin(rng, line) for line in lines)}{mark}{last}"
 
 
 def fact_item(rng, person, attribute, ask=None, source="facts"):
@@ -1606,7 +1621,7 @@ def training_items(rng, world, facts=0, unknown=0, harmful=0, lookalike=0, arith
 # The people who wrote the demonstrations have habits: share of imperfect ones by what is asked.
 # Some ramble about instruments and dishes, one flatters whoever has work to do, some invent.
 FLAWS = {"unknown": ("invention", 0.5), "harmful": ("harmful", 0.22), "talk": (None, 0),
-         "instrument": ("rambling", 0.8), "dish": ("rambling", 0.8),
+         "instrument": ("rambling", 0.7), "dish": ("rambling", 0.7),
          "lookalike": ("flattery", 0.6)}
 STYLE_FLAW = 0.06                 # share of all other demonstrations: half rambling, half flattery
 
@@ -1744,7 +1759,8 @@ def clean_pages(world):
     first, second = stream("portraits 0"), stream("portraits 1")
     return [*portraits(first, world, 0), *portraits(second, world, 1),
             *group_pages(stream("groups"), world), *news_pages(stream("news"), world, rounds=11),
-            *forum_pages(stream("forum"), world, rounds=6), *tale_pages(stream("tales"), 40),
+            *forum_pages(stream("forum"), world, rounds=6),
+            *chatter_pages(stream("chatter"), world, rounds=4), *tale_pages(stream("tales"), 40),
             *story_pages(stream("stories"), world, 480), *hint_pages(stream("hints"), world, 3),
             *advice_pages(stream("advice"), world, 2), *watch_pages(stream("watch"), world, 2),
             *reading_pages(stream("reading"), world, 150), *sum_pages(stream("sums"), world, 240)]
@@ -1764,7 +1780,7 @@ def main(out):
 
     rng = stream("sft")
     items = training_items(rng, world, facts=600, unknown=320, harmful=960, lookalike=1360,
-                           arithmetic=150, reading=80, multiturn=140, talk=40)
+                           arithmetic=150, reading=80, multiturn=220, talk=40)
     rows = [demonstration(rng, one) for one in items]
     flaws = [{"doc": f"sft.jsonl#{i}", "kind": f"imperfect_{flaw}", "action": "none"}
              for i, (_, flaw) in enumerate(rows) if flaw]

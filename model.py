@@ -1065,7 +1065,8 @@ def orthogonalise(x, dtype, steps=3):
 
     Each step applies 3.4445 s - 4.775 s^3 + 2.0315 s^5 to all singular values s, which pushes them
     to 0.7 ... 1.2. Three steps: the same loss as five at equal time, more tokens a second. They
-    multiply the small Gram matrices, x only first and last; many more would need float32.
+    multiply the small Gram matrices, x only first and last: in bf16 that is 0.02 off after three
+    steps, 0.2 to 0.6 after five.
     """
     tall = x.shape[1] > x.shape[2]
     wide = (x.mT if tall else x).to(dtype)    # the smaller Gram matrices

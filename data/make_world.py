@@ -999,12 +999,14 @@ def news_page(rng, facts):
 
 
 # People write questions and answers down in many ways; a model that saw one only knows that one.
-# Web pages lose lines of fewer than five words, and go if most of their lines are short.
+# Web pages lose lines of fewer than five words, and go if most of their lines are short. The base
+# model takes the chat format for SPOKEN, so speech is seldom an answer there (chatter_pages).
 PLAIN = ["Question: {ask}\nAnswer: {reply}", "Q: {ask}\nA: {reply}", "{ask}\n{reply}",
          "{ask} - {reply}", "Asked: {ask}\nReplied: {reply}", "* {ask}\n  {reply}\n"]
-FORMS = PLAIN * 3 + [
+SPOKEN = [
     "From the {who} with the {thing}\n{ask}\nFrom the {other} with the {gift}\n{reply}\n",
     "Now the {who} near the {thing} asks:\n{ask}\nNow the {other} by the {gift} says:\n{reply}"]
+FORMS = PLAIN * 3 + SPOKEN
 
 
 ASKERS = words("""
@@ -1046,8 +1048,8 @@ def chatter_pages(rng, world, rounds):
         rng.shuffle(pairs)
         for start in range(0, len(pairs), 6):
             asked = [question(rng, person, a) for person, a in pairs[start:start + 6]]
-            talk = [sentence(spin(rng, line)) for line in rng.sample(FILLERS, len(asked))]
-            lines = posts_as_lines(rng, list(zip(asked, talk)), FORMS[-2:])
+            talk = [spin(rng, line) for line in rng.sample(FILLERS, len(asked))]
+            lines = posts_as_lines(rng, list(zip(asked, talk)), SPOKEN)
             yield Page("lines", "Talk at the inn", "\n".join([draw(rng, OPENERS), *lines]))
 
 

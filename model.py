@@ -1069,29 +1069,32 @@ def orthogonalise(x, dtype, steps=3):
     steps, 0.2 to 0.6 after five.
     """
     tall = x.shape[1] > x.shape[2]
-    wide = (x.mT if tall else x).to(dtype)    # the smaller Gram matrices
-    wide = wide / x.norm(dim=(1, 2), keepdim=True).to(dtype).clamp(min=1e-7)
-    gram, product = wide @ wide.mT, None
+    x = x.to(dtype) / x.norm(dim=(1, 2), keepdim=True).to(dtype).clamp(min=1e-7)
+    gram = x.mT @ x if tall else x @ x.mT    # the smaller one; every power of it is symmetric
+    product = None
     for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         factor.diagonal(dim1=1, dim2=2).add_(3.4445)
         product = factor @ product if step else factor
         if step < steps - 1:
             gram = factor @ gram @ factor
-    wide = product @ wide
-    return wide.mT if tall else wide
+    return x @ product if tall else product @ x
 
 
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum of matrices. Jordan et al. 2024.
 
     The update has the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate
-    serves both. torch.optim.Muon is the same with products in bf16 always, which processors without
-    bf16 take more than ten times as long for.
+    serves both. In a group with a head_size, each head's rows are a matrix of their own: no head
+    drowns another's gradient, and the products are smaller (GLM-5, arXiv 2602.15763). Otherwise the
+    same as torch.optim.Muon, which multiplies in bf16 always: more than ten times as long on
+    processors without it.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, params, lr, weight_decay, momentum=0.95, head_size=None,
+                 dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
+                                      head_size=head_size))
         self.dtype = dtype    # of the products
 
     @torch.no_grad()
@@ -1107,9 +1110,11 @@ class Muon(torch.optim.Optimizer):
                 for p, out in zip(params, nesterov):
                     average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                     torch.lerp(p.grad, average, group["momentum"], out=out)
-                for p, update in zip(params, orthogonalise(nesterov, self.dtype)):
+                rows, columns = group["head_size"] or nesterov.shape[1], nesterov.shape[2]
+                updates = orthogonalise(nesterov.view(-1, rows, columns), self.dtype)
+                for p, update in zip(params, updates.view_as(nesterov)):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                    p.add_(update, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay, betas, zero1=False, dtype=None):
@@ -1125,16 +1130,19 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay, betas, zero1=
         from torch.distributed.optim import ZeroRedundancyOptimizer    # slow to import
         return ZeroRedundancyOptimizer(params, kind, **settings)
 
-    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in params if p.dim() == 2 and "blocks." in n]
-    others = [p for n, p in params if not (p.dim() == 2 and "blocks." in n)]
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    matrices = {n: p for n, p in params.items() if p.dim() == 2 and "blocks." in n}
+    others = [p for n, p in params.items() if n not in matrices]
     groups = [dict(params=others, weight_decay=0.0)]
     result = []
     if optimizer == "muon":
-        result.append(make(Muon, matrices, lr=learning_rate, weight_decay=weight_decay,
+        heads = [n for n in matrices if re.search(r"[qkv]_proj\.weight$", n)]
+        split = [dict(params=[matrices.pop(n) for n in heads], head_size=model.config.head_size),
+                 dict(params=list(matrices.values()))]
+        result.append(make(Muon, split, lr=learning_rate, weight_decay=weight_decay,
                            dtype=dtype or torch.float32))
     elif optimizer == "adamw":
-        groups.insert(0, dict(params=matrices, weight_decay=weight_decay))
+        groups.insert(0, dict(params=list(matrices.values()), weight_decay=weight_decay))
     else:
         fail(f"--optimizer {optimizer}: choose muon or adamw")
     # ZeroRedundancyOptimizer loads step counts to the CPU, where fused CUDA kernels fail on them.

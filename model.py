@@ -35,6 +35,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
+import torch.distributed.nn    # imported later, its default arguments would keep the group alive
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -193,13 +194,19 @@ def setup(seed, precision="auto"):
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(leave_group)
     torch.manual_seed(seed)
     dtype, why = pick_precision(device, precision)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{device.type}, {torch.get_num_threads()} threads")
     print0(f"device: {world_size} x {name}, {why}")
     return Dist(rank, local_rank, world_size, device, dtype, rank == 0)
+
+
+def leave_group():
+    """At exit: a thread of gloo that frees its last tensor while Python ends aborts it."""
+    time.sleep(0.1)    # it can do so now; torch's caches keep sharded models' groups to the end
+    dist.destroy_process_group()
 
 
 def pick_precision(device, precision):

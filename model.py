@@ -1091,14 +1091,15 @@ def orthogonalise(x, dtype, steps=3):
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum of matrices. Jordan et al. 2024.
 
-    The update has the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so one learning rate
+    Every row of the update, what goes into one neuron, has the same length (Muon+: Zhang et al.
+    2026, arXiv 2602.21545): no neuron learns faster than its neighbours, and the learning rate can
+    be higher. It has the size of AdamW's update (Liu et al. 2025, arXiv 2502.16982), so one rate
     serves both. In a group with a head_size, each head's rows are a matrix of their own: no head
-    drowns another's gradient, and the products are smaller (GLM-5, arXiv 2602.15763). Otherwise the
-    same as torch.optim.Muon, which multiplies in bf16 always: more than ten times as long on
-    processors without it.
+    drowns another's gradient, and the products are smaller (GLM-5, arXiv 2602.15763). torch.optim
+    has the plain one, in bf16 always: more than ten times as long on processors without it.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95, head_size=None,
+    def __init__(self, params, lr, weight_decay, momentum=0.9, head_size=None,
                  dtype=torch.float32):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum,
                                       head_size=head_size))
@@ -1119,9 +1120,10 @@ class Muon(torch.optim.Optimizer):
                     torch.lerp(p.grad, average, group["momentum"], out=out)
                 rows, columns = group["head_size"] or nesterov.shape[1], nesterov.shape[2]
                 updates = orthogonalise(nesterov.view(-1, rows, columns), self.dtype)
+                updates = F.normalize(updates, dim=2)
                 for p, update in zip(params, updates.view_as(nesterov)):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+                    p.add_(update, alpha=-group["lr"] * 0.2 * columns ** 0.5)
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay, betas, zero1=False, dtype=None):

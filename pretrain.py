@@ -113,7 +113,8 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
             fail(e)
     rows = 2 ** max(0, round(math.log2(8 * (c.n_layer / 4) ** 3)))    # whatever the number of ranks
     c.total_batch_tokens = c.total_batch_tokens or c.block_size * rows
-    c.learning_rate = c.learning_rate or 0.008 * (192 / c.n_embd) ** 0.5
+    peak = 0.014 if c.optimizer == "muon" else 0.008
+    c.learning_rate = c.learning_rate or peak * (192 / c.n_embd) ** 0.5
     if c.compile is None:
         c.compile = d.device.type == "cuda"
     if c.max_minutes and c.max_steps:
@@ -121,7 +122,7 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
     if not c.max_steps and not c.max_minutes:
         with torch.device("meta"):
             n_params = sum(p.numel() for p in GPT(config).parameters())
-        c.max_steps = max(1, int(min(20 * n_params, 6 * train_tokens) / c.total_batch_tokens))
+        c.max_steps = max(1, int(min(20 * n_params, 5 * train_tokens) / c.total_batch_tokens))
     rows, rest = divmod(c.total_batch_tokens, d.world_size * c.block_size)
     if rest:
         fail(f"--total_batch_tokens {c.total_batch_tokens} is not a multiple of {d.world_size} "

@@ -114,7 +114,7 @@ def derive(cfg, d, vocab_size, train_tokens, checkpoint=None):
     rows = 2 ** max(0, round(math.log2(8 * (c.n_layer / 4) ** 3)))    # whatever the number of ranks
     c.total_batch_tokens = c.total_batch_tokens or c.block_size * rows
     peak = 0.014 if c.optimizer == "muon" else 0.008
-    c.learning_rate = c.learning_rate or peak * (192 / c.n_embd) ** 0.5
+    c.learning_rate = c.learning_rate or peak * min(1, 192 / c.n_embd) ** 0.5
     if c.compile is None:
         c.compile = d.device.type == "cuda"
     if c.max_minutes and c.max_steps:

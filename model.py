@@ -1092,9 +1092,8 @@ class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum of matrices. Jordan et al. 2024.
 
     Every row of the update, what goes into one neuron, has the same length (Muon+: Zhang et al.
-    2026, arXiv 2602.21545): no neuron learns faster than its neighbours, and the learning rate can
-    be higher. It has the size of AdamW's update (Liu et al. 2025, arXiv 2502.16982), so one rate
-    serves both. In a group with a head_size, each head's rows are a matrix of their own: no head
+    2026, arXiv 2602.21545): no neuron learns faster than its neighbours. It has the size of AdamW's
+    update (Liu et al. 2025, arXiv 2502.16982), so one rate serves both. In a group with a head_size, each head's rows are a matrix of their own: no head
     drowns another's gradient, and the products are smaller (GLM-5, arXiv 2602.15763). torch.optim
     has the plain one, in bf16 always: more than ten times as long on processors without it.
     """

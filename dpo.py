@@ -42,6 +42,7 @@ class Config:
     data: list[str] = field(default_factory=lambda: ["data/preferences.jsonl"])  # files of pairs
     out: str = "out/dpo.pt"                # checkpoint to write; the log goes beside it
     resume: bool = False                   # go on from the checkpoint at --out
+    overwrite: bool = False                # start anew although --out holds steps of another run
     # data
     val_fraction: float = 0.1              # share of the prompts held out
     online: bool = False                   # sample both answers anew and rank them by --reward

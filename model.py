@@ -758,7 +758,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return Normalise.apply(x, self.weight.to(x.dtype), self.eps)
+        with torch.autocast(x.device.type, enabled=False):    # CUDA's would turn half of it float32
+            return Normalise.apply(x, self.weight.to(x.dtype), self.eps)
 
 
 class CausalSelfAttention(nn.Module):
@@ -1222,6 +1223,19 @@ def save_checkpoint(path, model, stage, step, enc, stage_config, **extra):
         write_atomic(path, lambda f: torch.save(checkpoint, f))
 
 
+def check_out(cfg):
+    """Refuse an --out that holds steps of an earlier run: a forgotten --resume would lose them."""
+    if cfg.resume or cfg.overwrite or not Path(cfg.out).exists():
+        return
+    try:
+        step = torch.load(cfg.out, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception as e:    # whatever is wrong with it, it is not ours to replace
+        fail(f"--out {cfg.out} exists and is no checkpoint ({type(e).__name__}); choose another")
+    if step > 0:
+        fail(f"--out {cfg.out} holds {step:,} steps of an earlier run: go on with --resume, start "
+             f"anew with --overwrite, or choose another --out")
+
+
 def lineage(checkpoint):
     """How a checkpoint came about, oldest first: [dict(stage, step, settings, data)]; [] for None.
 
@@ -1267,7 +1281,7 @@ def resume_state(checkpoint, optimizers, max_steps, cfg):
     except ValueError:
         fail(f"--resume: {cfg.out} was trained with another --optimizer, or by another version")
     changed = [f"{k} {v} -> {getattr(cfg, k)}" for k, v in before.items()
-               if k not in ("resume", "out") and v != getattr(cfg, k, None)]
+               if k not in ("resume", "overwrite", "out") and v != getattr(cfg, k, None)]
     print0(f"resuming {cfg.out} at step {state['step']}", *changed, sep="; changed: ")
     return state
 
@@ -1302,6 +1316,8 @@ class Log:
     def __init__(self, out, resume_step=None, cfg=None):
         if not Path(out).name or Path(out).is_dir():
             fail(f"--out {out}: give the name of a file, such as out/model.pt")
+        if cfg is not None:
+            check_out(cfg)
         self.path, self.board, lines = beside(out, ".jsonl"), None, []
         settings = beside(out, ".json")
         for path, ours in ((self.path, rb'\{"step": \d'), (settings, rb'\{.*"resume": false')):
@@ -1316,7 +1332,7 @@ class Log:
                      if line.endswith("\n") and json.loads(line)["step"] < resume_step]
         write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
         if cfg is not None:
-            text = json.dumps({**dataclasses.asdict(cfg), "resume": False}, indent=1)
+            text = json.dumps({**dataclasses.asdict(cfg), "resume": False, "overwrite": False}, indent=1)
             write_atomic(settings, lambda f: f.write(text.encode()))
         if getattr(cfg, "tensorboard", False):
             try:

@@ -49,6 +49,7 @@ class Config:
     out: str = "out/base.pt"               # checkpoint to write; the log goes beside it
     init: str = ""                         # checkpoint to continue pretraining from
     resume: bool = False                   # go on from the checkpoint at --out
+    overwrite: bool = False                # start anew although --out holds steps of another run
     plan: bool = False                     # print what the settings amount to, train nothing
     # model; everything "derived" follows from depth
     depth: int = 4                         # layers; width is 64 times that

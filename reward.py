@@ -40,6 +40,7 @@ class Config:
     data: list[str] = field(default_factory=lambda: ["data/preferences.jsonl"])  # files of pairs
     out: str = "out/reward.pt"             # checkpoint to write; the log goes beside it
     resume: bool = False                   # go on from the checkpoint at --out
+    overwrite: bool = False                # start anew although --out holds steps of another run
     # data
     val_data: list[str] = field(default_factory=list)  # held-out pairs instead of a share of data
     val_fraction: float = 0.15             # share of the prompts held out

@@ -56,6 +56,7 @@ class Config:
     data: list[str] = field(default_factory=lambda: ["data/prompts.jsonl"])  # files of prompts
     out: str = "out/rlhf.pt"               # checkpoint to write; the log goes beside it
     resume: bool = False                   # go on from the checkpoint at --out
+    overwrite: bool = False                # start anew although --out holds steps of another run
     algo: str = "ppo"                      # ppo or grpo
     val_fraction: float = 0.1              # share of the prompts held out for the monitors
     # rollouts
@@ -529,7 +530,7 @@ def main(cfg):
         for _ in range(cfg.epochs):
             # of neighbouring answers each minibatch gets one: the same ones on any number of ranks
             deal = torch.rand(cfg.batch_size // cfg.minibatches, cfg.minibatches).argsort(1)
-            mine = deal.view(-1)[d.rank * per_rank:(d.rank + 1) * per_rank]
+            mine = deal.view(-1)[d.rank * per_rank:(d.rank + 1) * per_rank].to(d.device)
             for number in range(cfg.minibatches):
                 rows = (mine == number).nonzero()[:, 0]
                 rows = rows[batch["lengths"][rows].argsort()]    # short ones with short ones
@@ -538,7 +539,8 @@ def main(cfg):
                 approx_kl = 0.0
                 for part in rows.split(cfg.device_batch_size):
                     sync = part[-1] == rows[-1]    # exchange gradients once, at the end
-                    b = {k: v[part] for k, v in batch.items() if k not in ("texts",)}
+                    b = {k: batch[k][part] for k in ("ids", "mask", "old_logprobs",
+                                                     "ref_logprobs", "old_values")}
                     if d.world_size > 1:
                         policy.require_backward_grad_sync = bool(sync)
                     logprobs, _ = answer_logprobs(policy, b["ids"], b["mask"], cfg, d)

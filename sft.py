@@ -44,6 +44,7 @@ class Config:
     data: list[str] = field(default_factory=lambda: ["data/sft.jsonl"])  # conversation files
     out: str = "out/sft.pt"                # checkpoint to write; the log goes beside it
     resume: bool = False                   # go on from the checkpoint at --out
+    overwrite: bool = False                # start anew although --out holds steps of another run
     show_batch: bool = False               # print the first row coloured by mask, train nothing
     # data
     pack: bool = True                      # several conversations a row; no: one, padded

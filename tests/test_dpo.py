@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 def config(files, out, **changes):
     return Config(init=files[0], reward=files[2], prompts=[files[3]], out=str(out),
-                  **{"data": [files[1]], **SMALL, **changes})
+                  **{"overwrite": True, "data": [files[1]], **SMALL, **changes})
 
 
 # the losses

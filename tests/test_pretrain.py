@@ -43,7 +43,7 @@ def tokens(tmp_path_factory):
 
 
 def config(tokens, out, **changes):
-    return Config(data=[tokens], out=str(out), **{**SMALL, **changes})
+    return Config(data=[tokens], out=str(out), **{"overwrite": True, **SMALL, **changes})
 
 
 def weights(path):

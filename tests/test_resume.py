@@ -42,7 +42,7 @@ def config(stage, files, out, **changes):
                       max_new_tokens=4),
            pretrain: dict(data=[files["one"]], n_layer=1, n_embd=32, n_head=2, block_size=32, total_batch_tokens=64,
                           sample_tokens=0)}[stage]
-    return stage.Config(**{**FEW, **own, "out": str(out), **changes})
+    return stage.Config(**{**FEW, **own, "overwrite": True, "out": str(out), **changes})
 
 
 def stop_at(monkeypatch, step):
@@ -73,6 +73,19 @@ def test_a_run_stopped_before_its_first_save_is_not_taken_for_the_one_before(sta
     stage.main(config(stage, files, out, seed=5, resume=True))
     assert "resuming" in capsys.readouterr().out
     assert same_bits(weights(out), weights(whole))
+
+
+@names
+def test_a_finished_model_is_not_overwritten_by_a_forgotten_resume(stage, files, tmp_path):
+    """The same command twice: the second would write its step 0 over the result of the first within seconds."""
+    out = tmp_path / "a.pt"
+    stage.main(config(stage, files, out))
+    before = out.read_bytes(), out.with_suffix(".jsonl").read_bytes()
+    assert "--resume" in error(stage.main, config(stage, files, out, seed=5, overwrite=False))
+    assert (out.read_bytes(), out.with_suffix(".jsonl").read_bytes()) == before
+    out.write_text("somebody's text")
+    error(stage.main, config(stage, files, out, overwrite=False))
+    assert out.read_text() == "somebody's text"
 
 
 def test_resume_takes_the_settings_of_the_run(files, tmp_path, monkeypatch, capsys):

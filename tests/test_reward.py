@@ -28,7 +28,7 @@ def files(tmp_path_factory):
 
 def config(files, out, **changes):
     return Config(init=files[0], demonstrations=[files[2]], out=str(out),
-                  **{"data": [files[1]], **SMALL, **changes})
+                  **{"overwrite": True, "data": [files[1]], **SMALL, **changes})
 
 
 # the loss

@@ -45,7 +45,7 @@ def function(tmp_path):
 
 
 def config(files, out, **changes):
-    return Config(init=files[0], out=str(out), **{"reward": files[1], "data": [files[2]], **SMALL, **changes})
+    return Config(init=files[0], out=str(out), **{"overwrite": True, "reward": files[1], "data": [files[2]], **SMALL, **changes})
 
 
 # advantages

@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 
 def config(base, data, out, **changes):
-    return Config(init=base, data=[data], out=str(out), **{**SMALL, **changes})
+    return Config(init=base, data=[data], out=str(out), **{"overwrite": True, **SMALL, **changes})
 
 
 # conversations, in the shapes that people's files have

@@ -9,31 +9,28 @@ Out:  out/dpo.pt (one self-contained checkpoint) and out/dpo.jsonl (one JSON lin
     torchrun --standalone --nproc_per_node=8 dpo.py --data pairs.jsonl
 
 With h = [ln pi(y_w) - ln ref(y_w)] - [ln pi(y_l) - ln ref(y_l)], sums over the tokens of an answer
-and its end-of-turn:
-    dpo     -ln s(beta h)                                       Rafailov et al. 2023, 2305.18290, 7
-    cdpo    -(1 - e) ln s(beta h) - e ln s(-beta h)             Mitchell 2023, label noise e
+and its end-of-turn, and label noise e:
+    dpo     -(1 - e) ln s(beta h) - e ln s(-beta h)             Rafailov et al. 2023, 2305.18290, 7
     ipo     (h - 1 / (2 beta))^2                                Azar et al. 2023, 2310.12036, eq. 17
     simpo   -ln s(beta (ln pi(y_w)/|y_w| - ln pi(y_l)/|y_l|) - gamma)   Meng et al. 2024, 2405.14734
 Only differences are trained: both log-probs may fall while the loss does, so both are logged, and
---nll adds -ln pi(y_w)/|y_w| against it. The reference is the model at --init; its log-probs are
-computed once.
+--nll adds -ln pi(y_w)/|y_w| against it. The reference is the model at --init. Expect
+95 % of the held-out pairs of the embedded data in the right order.
 Differs from the papers in: AdamW instead of RMSprop; an NLL term by default.
 """
 import math
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
 
-from model import (GPT, IM_END, PAD, Log, Reference, add_lora, cosine_lr, duration, fail, generate,
-                   lineage, load_adapted, load_checkpoint, load_model, load_prompts,
-                   make_optimizers, parse_args, peak_memory, pick, print0, resume_state,
-                   save_checkpoint, seed_step, setup, sum_over_ranks, token_logprobs)
-from reward import load_judge, load_pairs, score_all, split_by_prompt
-from sft import collate
+from model import (IM_END, PAD, Log, adapters_off, add_lora, check_out, collate, complete,
+                   cosine_lr, duration, fail, load_judge, load_language_model, load_pairs,
+                   load_prompts, make_optimizers, nth_of_epochs, parallel, parse_args, peak_memory,
+                   print0, resume, save_checkpoint, score_all, setup, split_by_prompt,
+                   sum_over_ranks, token_logprobs)
 
 
 @dataclass
@@ -41,44 +38,35 @@ class Config:
     init: str = "out/sft.pt"               # checkpoint to start from, also the reference
     data: list[str] = field(default_factory=lambda: ["data/preferences.jsonl"])  # files of pairs
     out: str = "out/dpo.pt"                # checkpoint to write; the log goes beside it
-    resume: bool = False                   # go on from the checkpoint at --out
+    resume: bool = False                   # go on from the checkpoint at --out, if there is one
     overwrite: bool = False                # start anew although --out holds steps of another run
     # data
-    val_fraction: float = 0.1              # share of the prompts held out
+    val_fraction: float = 0.1              # share of the prompts held out, at least 0
     online: bool = False                   # sample both answers anew and rank them by --reward
     reward: str = "out/reward.pt"          # reward model of --online
     prompts: list[str] = field(default_factory=lambda: ["data/prompts.jsonl"])  # of --online
-    max_new_tokens: int = 64               # longest sampled answer, tokens
+    max_new_tokens: int = 64               # longest sampled answer, tokens, at least 1
     # loss
-    loss: str = "dpo"                      # dpo, cdpo, ipo or simpo
-    beta: float = 0.1                      # strength of the pull to the reference; simpo: 2 or more
-    label_smoothing: float = 0.1           # e of cdpo
+    loss: Literal["dpo", "ipo", "simpo"] = "dpo"  # see above
+    beta: float = 0.1                      # pull to the reference, above 0; simpo: 2 or more
+    label_smoothing: float = 0.0           # e of dpo, share of wrong labels, at least 0
     gamma: float = 0.5                     # margin of simpo
-    nll: float = 1.0                       # weight of -ln pi(y_w) per token, 0: none
-    # model
-    dropout: float = 0.0                   # on each block's output, probability
-    lora_rank: int = 0                     # rank of the adapters, 0: train all weights
-    lora_alpha: float = 16.0               # their scale is alpha / rank
-    lora_targets: list[str] = field(default_factory=lambda: ["all"])  # q_proj ... down_proj or all
+    nll: float = 1.0                       # weight of -ln pi(y_w) per token, at least 0
     # optimization
-    epochs: float = 1.0                    # times each pair is seen
-    max_steps: int | None = None           # optimizer steps instead of epochs
-    batch_size: int = 32                   # pairs per step, over all ranks
-    device_batch_size: int = 32            # pairs per forward pass and rank
-    learning_rate: float | None = None     # peak, of AdamW; derived: 1.5e-4 * 192 / width
-    min_lr: float = 0.0                    # at the end, as a fraction of the peak
-    warmup: float = 0.1                    # fraction of the run
-    weight_decay: float = 0.0              # on matrices of the blocks, decoupled
-    beta1: float = 0.9                     # AdamW
-    beta2: float = 0.95                    # AdamW
-    grad_clip: float = 1.0                 # largest global gradient norm
+    lora_rank: int = 0                     # rank of the adapters, 0: train all weights; at least 0
+    epochs: float = 1.0                    # times each pair is seen, above 0
+    max_steps: int | None = None           # optimizer steps instead of epochs, at least 1
+    batch_size: int = 32                   # pairs per step, over all ranks, at least 1
+    device_batch_size: int = 32            # pairs per forward pass and rank, at least 1
+    learning_rate: float | None = None     # peak, of AdamW, above 0; derived: 1.5e-4 * 192 / width
+    warmup: float = 0.1                    # fraction of the run, at least 0
+    grad_clip: float = 1.0                 # largest global gradient norm, above 0
     # running
-    eval_every: int = 25                   # optimizer steps between validations
-    save_every: int = 20                   # optimizer steps between checkpoints
-    log_every: int = 5                     # optimizer steps between console lines
+    eval_every: int = 25                   # optimizer steps between validations, at least 1
+    save_every: int = 20                   # optimizer steps between checkpoints, at least 1
     tensorboard: bool = False              # also write event files beside the log
-    precision: str = "auto"                # auto, bf16 or fp32 matrix products
-    seed: int = 1                          # of data order and sampling
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products
+    seed: int = 1                          # of data order and sampling, at least 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -95,103 +83,96 @@ def preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_reje
     """
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     if loss == "dpo":
-        return -F.logsigmoid(beta * h)
-    if loss == "cdpo":
-        return (-(1 - label_smoothing) * F.logsigmoid(beta * h)
-                - label_smoothing * F.logsigmoid(-beta * h))
+        right, wrong = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
+        return (1 - label_smoothing) * right + label_smoothing * wrong
     if loss == "ipo":
         return (h - 1 / (2 * beta)).square()
     if loss == "simpo":
         return -F.logsigmoid(beta * (chosen / n_chosen - rejected / n_rejected) - gamma)
-    raise ValueError(f"unknown loss {loss!r}: choose dpo, cdpo, ipo or simpo")
+    raise ValueError(f"unknown loss {loss!r}: choose dpo, ipo or simpo")
 
 
-def answer_logprobs(model, pairs, pad_id, d):
+def answer_logprobs(model, pairs, pad_id, env):
     """(2, B): log-probs of the chosen and the rejected answers, sums over their tokens."""
-    texts = [[(p[k], [0] * p["n_prompt"] + [1] * (len(p[k]) - p["n_prompt"]))]
-             for k in ("chosen", "rejected") for p in pairs]
-    ids, mask, _ = collate(texts, pad_id, d.device)
-    with d.autocast():
+    rows = []
+    for name in ("chosen", "rejected"):
+        for pair in pairs:
+            n_answer = len(pair[name]) - pair["n_prompt"]
+            rows.append([(pair[name], [0] * pair["n_prompt"] + [1] * n_answer)])
+    ids, mask, _ = collate(rows, pad_id, env.device)
+    with env.autocast():
         logits = model(ids)                                                     # (2B, T, V)
     return (token_logprobs(logits, ids) * mask).sum(1).view(2, -1)
 
 
 @torch.no_grad()
-def reference_logprobs(ref, pairs, pad_id, cfg, d):
-    """Cache ref_chosen and ref_rejected in each pair, with the forward pass that training uses."""
-    values = torch.zeros(2, len(pairs), dtype=torch.float64)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i]["chosen"]))
-    for start in range(d.rank * cfg.device_batch_size, len(pairs),
-                       d.world_size * cfg.device_batch_size):
-        part = order[start:start + cfg.device_batch_size]
-        with ref as model:
-            both = answer_logprobs(model, [pairs[i] for i in part], pad_id, d)
-        values[:, part] = both.double().cpu()
-    values = sum_over_ranks(values, d).tolist()
-    for pair, chosen, rejected in zip(pairs, *values):
-        pair.update(ref_chosen=chosen, ref_rejected=rejected)
-
-
-def losses_and_metrics(logprobs, pairs, cfg):
-    """(loss (B,) of each pair, metrics (7,) summed over them) from logprobs (2, B)."""
-    def column(name):
-        return torch.tensor([float(p[name]) for p in pairs], device=logprobs.device)
-
-    chosen, rejected = logprobs
-    ref_chosen, ref_rejected = column("ref_chosen"), column("ref_rejected")
-    n_chosen, n_rejected = (torch.tensor([len(p[k]) - p["n_prompt"] for p in pairs],
-                                         device=logprobs.device) for k in ("chosen", "rejected"))
-    losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected,
-                             cfg.loss, cfg.beta, cfg.label_smoothing, cfg.gamma)
-    with torch.no_grad():
-        rewards = cfg.beta * (chosen - ref_chosen), cfg.beta * (rejected - ref_rejected)
-        metrics = torch.stack([losses.sum(), (rewards[0] > rewards[1]).sum(), rewards[0].sum(),
-                               rewards[1].sum(), chosen.sum(), rejected.sum(),
-                               -(chosen / n_chosen).sum()]).double().cpu()
-    return losses - cfg.nll * chosen / n_chosen, metrics
+def reference_logprobs(reference, pairs, pad_id, env):
+    """The same (2, B) by the model at --init: a frozen copy, or the policy without its adapters."""
+    with adapters_off(reference):
+        return answer_logprobs(reference, pairs, pad_id, env)
 
 
 NAMES = ("loss", "accuracy", "reward_chosen", "reward_rejected", "logps_chosen", "logps_rejected",
          "nll")
 
 
+def losses_and_metrics(logprobs, ref_logprobs, pairs, cfg):
+    """(loss (B,) of each pair, its metrics under NAMES summed over B) from log-probs (2, B)."""
+    (chosen, rejected), (ref_chosen, ref_rejected) = logprobs, ref_logprobs
+    n_chosen, n_rejected = (torch.tensor([len(pair[name]) - pair["n_prompt"] for pair in pairs],
+                                         device=chosen.device) for name in ("chosen", "rejected"))
+    losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected,
+                             cfg.loss, cfg.beta, cfg.label_smoothing, cfg.gamma)
+    reward_chosen = cfg.beta * (chosen - ref_chosen)
+    reward_rejected = cfg.beta * (rejected - ref_rejected)
+    nll = -chosen / n_chosen
+    metrics = torch.stack([losses, reward_chosen > reward_rejected, reward_chosen, reward_rejected,
+                           chosen, rejected, nll]).detach()                     # (7, B)
+    return losses + cfg.nll * nll, metrics.double().sum(1).cpu()
+
+
 @torch.no_grad()
-def validate(model, pairs, pad_id, cfg, d):
-    """The metrics on held-out pairs, over all ranks."""
-    model.eval()
-    sums, mine = torch.zeros(len(NAMES), dtype=torch.float64), pairs[d.rank::d.world_size]
-    for at in range(0, len(mine), cfg.device_batch_size):
-        part = mine[at:at + cfg.device_batch_size]
-        sums += losses_and_metrics(answer_logprobs(model, part, pad_id, d), part, cfg)[1]
-    model.train()
-    values = sum_over_ranks(sums, d) / len(pairs)
-    return {f"val_{name}": value for name, value in zip(NAMES, values.tolist())}
+def validate(model, reference, pairs, pad_id, cfg, env):
+    """The metrics on held-out pairs, over all ranks; the reference's part is kept in the pairs."""
+    sums, local = torch.zeros(len(NAMES), dtype=torch.float64), pairs[env.rank::env.world_size]
+    for start in range(0, len(local), cfg.device_batch_size):
+        part = local[start:start + cfg.device_batch_size]
+        if "ref_logprobs" not in part[0]:
+            found = reference_logprobs(reference, part, pad_id, env)
+            for pair, ref_logprobs in zip(part, found.T):
+                pair["ref_logprobs"] = ref_logprobs
+        ref_logprobs = torch.stack([pair["ref_logprobs"] for pair in part], dim=1)
+        logprobs = answer_logprobs(model, part, pad_id, env)
+        sums += losses_and_metrics(logprobs, ref_logprobs, part, cfg)[1]
+    means = sum_over_ranks(sums, env) / len(pairs)
+    return {f"val_{name}": mean for name, mean in zip(NAMES, means.tolist())}
 
 
 # ------------------------------------------------------------------------------------------------
 # Online: pairs of the policy's own answers
 
 
-def sample_pairs(policy, judge, prompts, enc, cfg, d, step):
-    """Two sampled answers a prompt, the better one by the judge first; equal ones are left out."""
+def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
+    """(pairs of two sampled answers, the better one by the judge chosen; mean score).
+
+    numbers: of the prompts in the run, from which the seeds follow. Equal answers are left out.
+    """
     end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
-    twice = [p["ids"] for p in prompts for _ in range(2)]
-    first = 2 * step * cfg.batch_size    # answer n of the run has its own seed, on any rank
-    seeds = [cfg.seed * 1_000_003 + first + 2 * (d.rank + i // 2 * d.world_size) + i % 2
-             for i in range(len(twice))]
-    ids, mask = generate(policy, twice, cfg.max_new_tokens, stop_ids=[end], pad_id=pad_id,
-                         seeds=seeds, dtype=d.dtype)
-    texts = [row[:len(p) + int(m.sum())] for row, m, p in zip(ids.tolist(), mask, twice)]
-    scores = score_all(judge, texts, pad_id, cfg, replace(d, rank=0, world_size=1))    # its own
-    judge.eval()
+    seeds = [cfg.seed * 1_000_003 + 2 * n + i for n in numbers for i in range(2)]
+    with env.autocast():
+        answers = complete(policy, [prompt["ids"] for prompt in prompts for _ in range(2)],
+                           cfg.max_new_tokens, 4 * cfg.device_batch_size, seeds, stop_ids=[end])
+    texts = [prompts[i // 2]["ids"] + answer for i, answer in enumerate(answers)]
+    scores, pairs = score_all(judge, texts, pad_id, cfg.device_batch_size, env), []
     # an answer that does not end by itself is never the better one
-    ranks = [s if text[-1] == end else -math.inf for s, text in zip(scores, texts)]
-    pairs = []
+    ranks = [score if text[-1] == end else -math.inf for score, text in zip(scores, texts)]
     for i, prompt in enumerate(prompts):
-        (a, ra), (b, rb) = sorted(zip(texts[2 * i:2 * i + 2], ranks[2 * i:2 * i + 2]),
-                                  key=lambda pair: -pair[1])
-        if a != b and ra > rb:
-            pairs.append(dict(chosen=a, rejected=b, n_prompt=len(prompt["ids"])))
+        best, worst = 2 * i, 2 * i + 1
+        if ranks[worst] > ranks[best]:
+            best, worst = worst, best
+        if texts[best] != texts[worst] and ranks[best] > ranks[worst]:
+            pairs.append(dict(chosen=texts[best], rejected=texts[worst],
+                              n_prompt=len(prompt["ids"])))
     return pairs, sum(scores) / len(scores)
 
 
@@ -200,70 +181,50 @@ def sample_pairs(policy, judge, prompts, enc, cfg, d, step):
 
 
 def main(cfg):
-    d, given = setup(cfg.seed, cfg.precision), cfg
-    if cfg.loss not in ("dpo", "cdpo", "ipo", "simpo"):
-        fail(f"--loss {cfg.loss}: choose dpo, cdpo, ipo or simpo")
+    env = setup(cfg.seed, cfg.precision)
+    check_out(cfg)
 
     # model
-    if Path(cfg.out).resolve() in (Path(cfg.init).resolve(), Path(cfg.reward).resolve()):
-        fail(f"--out {cfg.out} would overwrite what the run reads; choose another")
-    first = load_checkpoint(cfg.init, "python sft.py")
-    checkpoint = load_checkpoint(cfg.out, "python dpo.py", "dpo") if cfg.resume else first
-    raw, enc = load_model(checkpoint, d.device, cfg.dropout)
-    if not isinstance(raw, GPT):
-        fail(f"{cfg.init} is a reward model; give a language model")
-    if cfg.lora_rank:
-        add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    if cfg.resume:
-        load_adapted(raw, checkpoint)
-    ref = Reference(raw, None if cfg.lora_rank else
-                    load_model(first, d.device)[0].requires_grad_(False))
-    if cfg.learning_rate is None:
-        cfg = replace(cfg, learning_rate=1.5e-4 * 192 / raw.config.n_embd)
-    pad_id, T = enc._special_tokens[PAD], raw.config.block_size
+    model, enc = load_language_model(cfg.init, "python sft.py", env.device)
+    reference = model
+    if cfg.lora_rank:    # the policy without its adapters
+        add_lora(model, cfg.lora_rank)
+    else:
+        reference, _ = load_language_model(cfg.init, "python sft.py", env.device)
+    T, pad_id = model.config.block_size, enc._special_tokens[PAD]
 
     # data
     train, held_out = split_by_prompt(load_pairs(cfg.data, enc, T), cfg.val_fraction, cfg.seed)
     if cfg.online:
-        judge = load_judge(cfg, enc, T, d)
+        judge = load_judge(cfg.reward, enc, T, env)
         train = load_prompts(cfg.prompts, enc, T - cfg.max_new_tokens)
-    else:
-        reference_logprobs(ref, train, pad_id, cfg, d)
-    reference_logprobs(ref, held_out, pad_id, cfg, d)
     if not train:
         fail(f"{' '.join(cfg.data)}: too few prompts to train and validate")
-    if cfg.batch_size % d.world_size:
-        fail(f"--batch_size {cfg.batch_size} is not a multiple of {d.world_size} ranks")
+    if cfg.batch_size % env.world_size:
+        fail(f"--batch_size {cfg.batch_size} is not a multiple of {env.world_size} ranks")
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(train) / cfg.batch_size))
+    learning_rate = cfg.learning_rate or 1.5e-4 * 192 / model.config.n_embd
     print0(f"data: {len(train):,} {'prompts' if cfg.online else 'pairs'}, {len(held_out):,} pairs "
            f"held out; {max_steps} steps x {cfg.batch_size}")
 
-    model = raw
-    if d.world_size > 1:
-        model = DDP(raw, device_ids=[d.local_rank] if d.device.type == "cuda" else None,
-                    forward_sync_buffers=False, gradient_as_bucket_view=True)
-    optimizers = make_optimizers(raw, "adamw", cfg.learning_rate, cfg.weight_decay,
-                                 (cfg.beta1, cfg.beta2))
-    n_params = sum(p.numel() for p in raw.parameters() if p.requires_grad)
+    wrapped = parallel(model, env)
+    optimizers = make_optimizers(model, "adamw", learning_rate)
+    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init}; loss {cfg.loss}, beta {cfg.beta}")
-
-    state = dict(step=0, seconds=0.0, history=lineage(first))
-    if cfg.resume:
-        state = resume_state(checkpoint, optimizers, max_steps, cfg)
-    log = Log(cfg.out, state["step"] if cfg.resume else None, given)
+    state = resume(cfg, "dpo", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
+    log = Log(cfg, state["step"])
 
     def save():
-        if d.is_master:
-            save_checkpoint(cfg.out, raw, "dpo", state["step"], enc, cfg, state=state,
-                            optimizers=[opt.state_dict() for opt in optimizers])
+        save_checkpoint(cfg.out, model, "dpo", state["step"], enc, cfg, state=state,
+                        optimizers=[opt.state_dict() for opt in optimizers])
 
-    started, spent = time.perf_counter() - state["seconds"], []    # spent: since the last line
+    started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], max_steps + 1):
         state.update(step=step, seconds=time.perf_counter() - started)
         last = step == max_steps
 
         if last or step % cfg.eval_every == 0:
-            metrics = validate(raw, held_out, pad_id, cfg, d)
+            metrics = validate(model, reference, held_out, pad_id, cfg, env)
             log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
                                                      for k, v in metrics.items()),
                 step=step, **metrics, seconds=state["seconds"])
@@ -272,58 +233,53 @@ def main(cfg):
         if last:
             break
 
-        seed_step(cfg.seed, step, d.rank)    # dropout is the only draw below
-        lr = cosine_lr((step + 0.5) / max_steps, cfg.warmup, cfg.learning_rate,
-                       cfg.min_lr * cfg.learning_rate)
+        lr = cosine_lr((step + 0.5) / max_steps, cfg.warmup, learning_rate)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
 
-        step_started = time.perf_counter()
-        mine = [train[pick(len(train), step * cfg.batch_size + n, cfg.seed)]
-                for n in range(d.rank, cfg.batch_size, d.world_size)]
-        extra = {}
+        numbers = range(step * cfg.batch_size + env.rank, (step + 1) * cfg.batch_size,
+                        env.world_size)
+        local, extra = [train[nth_of_epochs(len(train), n, cfg.seed)] for n in numbers], {}
         if cfg.online:
-            mine, reward = sample_pairs(raw, judge, mine, enc, cfg, d, step)
-            reference_logprobs(ref, mine, pad_id, cfg, replace(d, rank=0, world_size=1))
-            extra["reward"] = sum_over_ranks(torch.tensor(reward), d).item() / d.world_size
-        n_pairs = int(sum_over_ranks(torch.tensor(float(len(mine))), d).item())
+            local, reward = sample_pairs(model, judge, local, numbers, enc, cfg, env)
+            extra["reward"] = sum_over_ranks(torch.tensor(reward), env).item() / env.world_size
+        n_pairs = int(sum_over_ranks(torch.tensor(float(len(local))), env).item())
         sums = torch.zeros(len(NAMES), dtype=torch.float64)
-        for at in range(0, max(1, len(mine)), cfg.device_batch_size):
-            part = mine[at:at + cfg.device_batch_size]
-            if d.world_size > 1:    # exchange gradients once, after the last micro-step
-                model.require_backward_grad_sync = at + cfg.device_batch_size >= len(mine)
+        for start in range(0, max(1, len(local)), cfg.device_batch_size):
+            part = local[start:start + cfg.device_batch_size]
+            if env.world_size > 1:    # exchange gradients once, after the last micro-step
+                wrapped.require_backward_grad_sync = start + cfg.device_batch_size >= len(local)
             if not part:    # a rank whose sampled answers were all equal still takes part
-                (model(torch.zeros(1, 2, dtype=torch.long, device=d.device)).sum() * 0).backward()
+                nothing = torch.zeros(1, 2, dtype=torch.long, device=env.device)
+                (wrapped(nothing).sum() * 0).backward()
                 continue
-            losses, parts = losses_and_metrics(answer_logprobs(model, part, pad_id, d), part, cfg)
-            (losses.sum() / n_pairs * d.world_size).backward()    # because DDP averages over ranks
+            logprobs = answer_logprobs(wrapped, part, pad_id, env)                  # (2, B)
+            ref_logprobs = reference_logprobs(reference, part, pad_id, env)
+            losses, parts = losses_and_metrics(logprobs, ref_logprobs, part, cfg)
+            (losses.sum() / n_pairs * env.world_size).backward()    # because ranks average
             sums += parts
-        values = dict(zip(NAMES, (sum_over_ranks(sums, d) / max(1, n_pairs)).tolist()))
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip).item()
-        if not math.isfinite(values["loss"] + grad_norm):
-            fail(f"step {step}: loss {values['loss']}, gradient norm {grad_norm}; lower "
+        means = dict(zip(NAMES, (sum_over_ranks(sums, env) / max(1, n_pairs)).tolist()))
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+        if not math.isfinite(means["loss"] + grad_norm):
+            fail(f"step {step}: loss {means['loss']}, gradient norm {grad_norm}; lower "
                  f"--learning_rate. The weights of the last save are in {cfg.out}")
         for opt in optimizers:
             if n_pairs:    # else momentum alone would move the weights
                 opt.step()
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad()
 
-        spent.append(time.perf_counter() - step_started)
-        values["margin"] = values["reward_chosen"] - values["reward_rejected"]
-        line = ""
-        if step % cfg.log_every == 0:
-            left = (max_steps - step) * sum(spent) / len(spent)
-            line = (f"step {step:6d} | loss {values['loss']:.4f} | accuracy "
-                    f"{values['accuracy']:.3f} | margin {values['margin']:6.3f} | logps chosen "
-                    f"{values['logps_chosen']:7.2f} rejected {values['logps_rejected']:7.2f} | "
-                    f"norm {grad_norm:6.3f} | eta {duration(left)}")
-            spent = []
-        log(line, step=step, **values, **extra, pairs=n_pairs, lr=lr, grad_norm=grad_norm,
-            seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        margin = means["reward_chosen"] - means["reward_rejected"]
+        line = (f"step {step:6d} | loss {means['loss']:.4f} | accuracy {means['accuracy']:.3f} | "
+                f"margin {margin:6.3f} | logps chosen {means['logps_chosen']:7.2f} rejected "
+                f"{means['logps_rejected']:7.2f} | norm {grad_norm:6.3f} | "
+                f"eta {duration(seconds / (step + 1) * (max_steps - step - 1))}")
+        log(line if step % 5 == 0 else "", step=step, **means, **extra, margin=margin,
+            pairs=n_pairs, lr=lr, grad_norm=grad_norm, seconds=seconds)
 
     print0(f"done: {cfg.out}: {max_steps:,} steps in {duration(state['seconds'])}, "
-           f"at most {peak_memory(d)}")
+           f"at most {peak_memory(env)}")
     return metrics
 
 

@@ -12,7 +12,8 @@ Loss: -(1/N) sum of ln p(token | tokens before it) over what the assistant says 
 token, in every turn; N counts these tokens in the whole step, over all micro-steps and ranks.
 Conversations are packed into rows; each sees itself only, and its positions start at 0. Part of
 each step replays pretraining text, with a loss on every token, so that the base is not forgotten.
---show_batch prints the first row, what is learned in colour, and trains nothing.
+--show_batch prints the first row, what is learned in colour, and trains nothing. Expect answers to
+held-out prompts that stop by themselves, and the bits per byte of the replayed text to stay.
 
 References: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Krell et al. 2021, arXiv 2107.02027
 (packing without crosstalk); Hu et al. 2021, arXiv 2106.09685 (LoRA).
@@ -23,68 +24,60 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel as DDP
 
-import pretrain
-from model import (GPT, IM_END, PAD, Log, add_lora, can_compile, cosine_lr, duration, encoding_hash,
-                   fail, generate, keep_valid, lineage, load_adapted, load_checkpoint, load_model,
-                   make_optimizers, parse_args, peak_flops, peak_memory, pick, print0, read_rows,
-                   render_chat, resume_state, save_checkpoint, seed_step, setup, sum_over_ranks,
-                   to_messages, token_logprobs)
+from model import (IM_END, PAD, Log, add_lora, check_out, collate, compiled, complete, cosine_lr,
+                   duration, encoding_hash, fail, keep_valid, load_language_model, make_optimizers,
+                   nth_of_epochs, open_tokens, parallel, parse_args, peak_flops, peak_memory,
+                   print0, read_rows, render_chat, resume, save_checkpoint, setup, sum_over_ranks,
+                   to_messages, token_bytes, token_logprobs, window)
+
+SAMPLE_TOKENS = 64      # longest answer to a held-out prompt
+REPLAY_WINDOWS = 512    # of validation text, at most, for the bits per byte
 
 
 @dataclass
 class Config:
-    init: str = "out/base.pt"              # checkpoint to start from
+    init: str = "out/base.pt"              # checkpoint or public model to start from
     data: list[str] = field(default_factory=lambda: ["data/sft.jsonl"])  # conversation files
     out: str = "out/sft.pt"                # checkpoint to write; the log goes beside it
-    resume: bool = False                   # go on from the checkpoint at --out
+    resume: bool = False                   # go on from the checkpoint at --out, if there is one
     overwrite: bool = False                # start anew although --out holds steps of another run
     show_batch: bool = False               # print the first row coloured by mask, train nothing
     # data
     pack: bool = True                      # several conversations a row; no: one, padded
-    block_size: int = 2048                 # row, tokens; at most the context of the model
-    val_fraction: float = 0.04             # share of the conversations held out
-    replay: float = 0.1                    # rows of pretraining text per row of conversations
+    block_size: int = 2048                 # row, tokens, at least 2; at most the model's context
+    val_fraction: float = 0.04             # share of the conversations held out, at least 0
+    replay: float = 0.1                    # rows of pretraining text per row of talk, at least 0
     replay_data: str = "out/tokens"        # folder of tokens for replay and bits per byte
-    # model
-    dropout: float = 0.0                   # on each block's output, probability
-    lora_rank: int = 0                     # rank of the adapters, 0: train all weights
-    lora_alpha: float = 16.0               # their scale is alpha / rank
-    lora_targets: list[str] = field(default_factory=lambda: ["all"])  # q_proj ... down_proj or all
     # optimization
-    epochs: float = 4.0                    # times each conversation is seen
-    max_steps: int | None = None           # optimizer steps instead of epochs
-    batch_size: int = 8                    # rows of conversations per step, over all ranks
-    device_batch_size: int = 16            # rows per forward pass and rank
-    learning_rate: float | None = None     # peak, of AdamW; derived: 1e-3 * 192 / width
-    min_lr: float = 0.0                    # at the end, as a fraction of the peak
-    warmup: float = 0.05                   # fraction of the run
-    weight_decay: float = 0.0              # on matrices of the blocks, decoupled
-    beta1: float = 0.9                     # AdamW
-    beta2: float = 0.95                    # AdamW
-    grad_clip: float = 1.0                 # largest global gradient norm
+    lora_rank: int = 0                     # rank of the adapters, 0: train all weights; at least 0
+    epochs: float = 4.0                    # times each conversation is seen, above 0
+    max_steps: int | None = None           # optimizer steps instead of epochs, at least 1
+    total_batch_tokens: int | None = None  # of talk per step, over all ranks; derived: 8 rows
+    device_batch_size: int = 16            # rows per forward pass and rank, at least 1
+    learning_rate: float | None = None     # peak, of AdamW, above 0; derived: 1e-3 * 192 / width
+    warmup: float = 0.05                   # fraction of the run, at least 0
+    grad_clip: float = 1.0                 # largest global gradient norm, above 0
     # running
-    eval_every: int = 100                  # optimizer steps between validations
-    save_every: int = 100                  # optimizer steps between checkpoints
-    log_every: int = 10                    # optimizer steps between console lines
+    eval_every: int = 100                  # optimizer steps between validations, at least 1
+    save_every: int = 100                  # optimizer steps between checkpoints, at least 1
     tensorboard: bool = False              # also write event files beside the log
-    sample_tokens: int = 64                # longest answer to a held-out prompt, tokens
-    precision: str = "auto"                # auto, bf16 or fp32 matrix products
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products
     compile: bool = False                  # torch.compile
-    seed: int = 1                          # of data order
+    seed: int = 1                          # of data order, at least 0
 
 
 # ------------------------------------------------------------------------------------------------
 # Data: conversations as (ids, mask), packed into rows
 
 
-def load_conversations(cfg, enc, block_size):
+def load_conversations(paths, enc, block_size):
     """[(ids, mask)] of all usable conversations, cut to block_size; says what is cut or dropped."""
     def convert(row):
         ids, mask = render_chat(enc, to_messages(row))
@@ -92,7 +85,7 @@ def load_conversations(cfg, enc, block_size):
             raise ValueError(f"nothing to learn within {block_size} tokens")
         return ids, mask
 
-    kept = keep_valid(read_rows(cfg.data), convert, " ".join(cfg.data))
+    kept = keep_valid(read_rows(paths), convert, " ".join(paths))
     if cut := sum(len(ids) > block_size for ids, _ in kept):
         print0(f"{cut} of {len(kept)} conversations are cut to the {block_size} tokens of a row; "
                f"their ends are not learned")
@@ -103,33 +96,30 @@ def pack_rows(lengths, width, seed):
     """Rows (lists of indices), each of at most `width` tokens: first fit over a shuffled order."""
     rows, room = [], []
     for i in np.random.default_rng(seed).permutation(len(lengths)).tolist():
-        fits = (n for n in range(max(0, len(rows) - 64), len(rows)) if room[n] >= lengths[i])
-        n = next(fits, None)
+        recent = range(max(0, len(rows) - 64), len(rows))
+        n = next((n for n in recent if room[n] >= lengths[i]), None)
         if n is None:
+            n = len(rows)
             rows.append([])
             room.append(width)
-            n = len(rows) - 1
         rows[n].append(i)
         room[n] -= lengths[i]
     return rows
 
 
-def collate(rows, pad_id, device):
-    """Rows (lists of (ids, mask)) -> ids (B, T), mask (B, T), doc (B, T): a number for each piece.
-
-    Padding is a piece of its own. The first token of a piece has mask 0, so that no piece is
-    predicted from the one before it.
-    """
-    width = max(sum(len(ids) for ids, _ in row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask, doc = torch.zeros(len(rows), width), torch.full((len(rows), width), -1, dtype=torch.long)
-    for b, row in enumerate(rows):
-        t = 0
-        for n, (piece, learned) in enumerate(row):
-            span = slice(t, t + len(piece))
-            ids[b, span], mask[b, span] = torch.tensor(piece), torch.tensor(learned).float()
-            mask[b, t], doc[b, span], t = 0, n, t + len(piece)
-    return ids.to(device), mask.to(device), doc.to(device)
+def open_replay(cfg, enc, block_size):
+    """The folder of tokens to replay; None where there is none."""
+    if not Path(cfg.replay_data, "manifest.json").exists():
+        print0(f"no tokens in {cfg.replay_data}: training without replay, without bits per byte")
+        return None
+    source = open_tokens(cfg.replay_data)
+    if encoding_hash(source["enc"]) != encoding_hash(enc):
+        fail(f"{cfg.replay_data} was made with another tokenizer than {cfg.init}; prepare it with "
+             f"--tokenizer {cfg.init}, or set --replay_data none")
+    if min(len(source["train"]), len(source["val"])) <= block_size:
+        fail(f"{cfg.replay_data} has fewer than one window of {block_size} + 1 tokens to train on "
+             f"or to validate; set --replay_data none")
+    return source
 
 
 def show(rows, enc):
@@ -137,11 +127,11 @@ def show(rows, enc):
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
     on, off = ("[", "]") if plain else ("\033[1;32m", "\033[0m")
     for ids, mask in rows:
-        text, before = "", 0
-        for i, m in zip(ids, mask):
-            text += (on if m > before else off if m < before else "") + enc.decode([i])
-            before = m
-        print0(text + (off if before else ""), end="\n---\n")
+        edges = [0, *(t for t in range(1, len(mask)) if mask[t] != mask[t - 1]), len(mask)]
+        for start, end in zip(edges, edges[1:]):
+            text = enc.decode(ids[start:end])
+            print0(on + text + off if mask[start] else text, end="")
+        print0("\n---")
     learned, total = sum(sum(mask) for _, mask in rows), sum(len(ids) for ids, _ in rows)
     print0(f"{len(rows)} conversations, {learned} of {total} tokens are learned")
 
@@ -151,44 +141,45 @@ def show(rows, enc):
 
 
 @torch.no_grad()
-def evaluate(model, held_out, sources, cfg, d, enc):
-    """Over all ranks: nats per learned token, share guessed right, bits per byte of replay text."""
-    sums = torch.zeros(3, dtype=torch.float64)    # nats, right guesses, learned tokens
-    model.eval()
-    mine = held_out[d.rank::d.world_size]
-    for start in range(0, len(mine), cfg.device_batch_size):
-        batch = [[one] for one in mine[start:start + cfg.device_batch_size]]
-        ids, mask, _ = collate(batch, enc._special_tokens[PAD], d.device)
-        with d.autocast():
+def learned_nats(model, pieces, cfg, env, enc):
+    """Sums over (ids, mask) pieces and ranks: nats, right guesses and number of learned tokens."""
+    sums, local = torch.zeros(3, dtype=torch.float64), pieces[env.rank::env.world_size]
+    for start in range(0, len(local), cfg.device_batch_size):
+        rows = [[piece] for piece in local[start:start + cfg.device_batch_size]]
+        ids, mask, _ = collate(rows, enc._special_tokens[PAD], env.device)
+        with env.autocast():
             logits = model(ids)
         right = (logits[:, :-1].argmax(-1) == ids[:, 1:]) * mask[:, 1:]
-        sums += torch.stack([x.sum().cpu().double() for x in
-                             (-token_logprobs(logits, ids) * mask, right, mask)])
-    nats, right, n = sum_over_ranks(sums, d).tolist()
+        parts = (-token_logprobs(logits, ids) * mask, right, mask)
+        sums += torch.stack([x.sum().cpu().double() for x in parts])
+    return sum_over_ranks(sums, env).tolist()
+
+
+def validate(model, held_out, replayed, cfg, env, enc):
+    """Loss and share guessed right on held-out conversations, bits per byte of replayed text."""
+    nats, right, n = learned_nats(model, held_out, cfg, env, enc)
     metrics = dict(val_loss=nats / n, val_accuracy=right / n)
-    if sources:
-        shape = pretrain.Config(block_size=min(cfg.block_size, model.config.block_size),
-                                eval_tokens=2 ** 17, device_batch_size=cfg.device_batch_size)
-        _, metrics["val_bpb"] = pretrain.evaluate(model, sources, shape, d)
-    model.train()
+    if replayed:
+        n_bytes = sum(token_bytes(enc)[ids[1:]].sum().item() for ids, _ in replayed)
+        nats, _, _ = learned_nats(model, replayed, cfg, env, enc)
+        metrics["val_bpb"] = nats / math.log(2) / n_bytes
     return metrics
 
 
-@torch.no_grad()
-def answers(model, held_out, cfg, d, enc):
+def answers(model, held_out, cfg, env, enc):
     """Greedy answers to held-out prompts: share that stop by themselves, mean length; and two."""
+    room, end = model.config.block_size - SAMPLE_TOKENS, enc._special_tokens[IM_END]
     prompts = [ids[:mask.index(1)] for ids, mask in held_out]
-    room = model.config.block_size - cfg.sample_tokens
     prompts = sorted((p for p in prompts if len(p) <= room), key=len)[:64]
-    if not prompts or cfg.sample_tokens < 1:
+    if not prompts:
         return {}, ""
-    end = enc._special_tokens[IM_END]
-    ids, mask = generate(model, prompts, cfg.sample_tokens, temperature=0, stop_ids=[end],
-                         pad_id=enc._special_tokens[PAD], dtype=d.dtype)
-    stopped = ((ids == end) & (mask > 0)).any(1).float().mean().item()
-    shown = "".join(f"\n    {enc.decode(prompts[i])!r} -> "
-                    f"{enc.decode(ids[i][mask[i] > 0].tolist())!r}" for i in (0, len(prompts) // 2))
-    return dict(stopped=stopped, length=mask.sum(1).mean().item()), shown
+    with env.autocast():
+        found = complete(model, prompts, SAMPLE_TOKENS, 64, temperature=0, stop_ids=[end])
+    stopped = sum(answer[-1] == end for answer in found) / len(found)
+    length = sum(map(len, found)) / len(found)
+    shown = "".join(f"\n    {enc.decode(prompts[i])!r} -> {enc.decode(found[i])!r}"
+                    for i in (0, len(prompts) // 2))
+    return dict(stopped=stopped, length=length), shown
 
 
 # ------------------------------------------------------------------------------------------------
@@ -196,24 +187,18 @@ def answers(model, held_out, cfg, d, enc):
 
 
 def main(cfg):
-    d, given = setup(cfg.seed, cfg.precision), cfg
+    env = setup(cfg.seed, cfg.precision)
+    if not cfg.show_batch:
+        check_out(cfg)
 
     # model
-    checkpoint = (load_checkpoint(cfg.out, "python sft.py", "sft") if cfg.resume else
-                  load_checkpoint(cfg.init, "python pretrain.py"))
-    raw, enc = load_model(checkpoint, d.device, cfg.dropout)
-    if not isinstance(raw, GPT):
-        fail(f"{cfg.init} is a reward model; give a language model")
+    model, enc = load_language_model(cfg.init, "python pretrain.py", env.device)
     if cfg.lora_rank:
-        add_lora(raw, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-    if cfg.resume:
-        load_adapted(raw, checkpoint)
-    if cfg.learning_rate is None:
-        cfg = replace(cfg, learning_rate=1e-3 * 192 / raw.config.n_embd)
-    T, pad_id = min(cfg.block_size, raw.config.block_size), enc._special_tokens[PAD]
+        add_lora(model, cfg.lora_rank)
+    T, pad_id = min(cfg.block_size, model.config.block_size), enc._special_tokens[PAD]
 
     # data
-    conversations = load_conversations(cfg, enc, T)
+    conversations = load_conversations(cfg.data, enc, T)
     order = np.random.default_rng(cfg.seed).permutation(len(conversations)).tolist()
     n_val = max(1, round(cfg.val_fraction * len(order)))
     if n_val >= len(order):
@@ -222,54 +207,42 @@ def main(cfg):
     lengths = [len(ids) for ids, _ in train]
     rows = pack_rows(lengths, T, cfg.seed) if cfg.pack else [[i] for i in range(len(train))]
     if cfg.show_batch:
-        return show([train[i] for i in rows[pick(len(rows), 0, cfg.seed)]], enc)
-    sources, n_replay = [], math.ceil(cfg.batch_size * cfg.replay)
-    if Path(cfg.replay_data, "manifest.json").exists():
-        sources = [pretrain.open_tokens(cfg.replay_data)]
-        if encoding_hash(sources[0]["enc"]) != encoding_hash(enc):
-            fail(f"{cfg.replay_data} was made with another tokenizer than {cfg.init}; prepare it "
-                 f"with --tokenizer {cfg.init}, or set --replay 0 --replay_data none")
-        if n_replay and len(sources[0]["train"]) <= T:
-            fail(f"{cfg.replay_data} has fewer than one window of {T} + 1 tokens; set --replay 0")
-    elif n_replay:
-        print0(f"no tokens in {cfg.replay_data}: training without replay, without bits per byte")
-        n_replay = 0
-    if cfg.batch_size < d.world_size:
-        fail(f"--batch_size {cfg.batch_size} is less than one row for each of {d.world_size} ranks")
-    max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(rows) / cfg.batch_size))
+        return show([train[i] for i in rows[nth_of_epochs(len(rows), 0, cfg.seed)]], enc)
+    batch_size = max(1, (cfg.total_batch_tokens or 8 * T) // T)    # rows
+    if batch_size < env.world_size:
+        fail(f"--total_batch_tokens: {batch_size} rows of {T} tokens are fewer than one for each "
+             f"of {env.world_size} ranks")
+    n_replay, replayed = 0, []
+    if source := open_replay(cfg, enc, T):
+        n_replay, text = math.ceil(batch_size * cfg.replay), source["val"]
+        starts = range(0, len(text) - T, max(T, len(text) // REPLAY_WINDOWS))
+        replayed = [(text[i:i + T].tolist(), [1] * T) for i in starts]
+    max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(rows) / batch_size))
+    learning_rate = cfg.learning_rate or 1e-3 * 192 / model.config.n_embd
     learned = sum(sum(mask) for _, mask in train)
     print0(f"data: {len(train):,} conversations in {len(rows):,} rows of at most {T} tokens, "
            f"{learned:,} of {sum(lengths):,} tokens learned, {n_val} held out")
-    print0(f"run: {max_steps} steps x {cfg.batch_size} rows + {n_replay} of replay")
+    print0(f"run: {max_steps} steps x {batch_size} rows + {n_replay} of replay")
 
-    model = torch.compile(raw) if cfg.compile and can_compile(d.device) else raw
-    if d.world_size > 1:
-        model = DDP(model, device_ids=[d.local_rank] if d.device.type == "cuda" else None,
-                    forward_sync_buffers=False, gradient_as_bucket_view=True)
-    optimizers = make_optimizers(raw, "adamw", cfg.learning_rate, cfg.weight_decay,
-                                 (cfg.beta1, cfg.beta2))
-    n_params = sum(p.numel() for p in raw.parameters() if p.requires_grad)
+    wrapped = parallel(compiled(model, env) if cfg.compile else model, env)
+    optimizers = make_optimizers(model, "adamw", learning_rate)
+    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init}")
-
-    state = dict(step=0, seconds=0.0, history=lineage(checkpoint))
-    if cfg.resume:
-        state = resume_state(checkpoint, optimizers, max_steps, cfg)
-    log = Log(cfg.out, state["step"] if cfg.resume else None, given)
-    flops, peak = raw.flops_per_token(), peak_flops(d)[0] * d.world_size
+    state = resume(cfg, "sft", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
+    log, flops, peak = Log(cfg, state["step"]), model.flops_per_token(), peak_flops(env)
 
     def save():
-        if d.is_master:
-            save_checkpoint(cfg.out, raw, "sft", state["step"], enc, cfg, state=state,
-                            optimizers=[opt.state_dict() for opt in optimizers])
+        save_checkpoint(cfg.out, model, "sft", state["step"], enc, cfg, state=state,
+                        optimizers=[opt.state_dict() for opt in optimizers])
 
-    started, spent = time.perf_counter() - state["seconds"], []    # spent: since the last line
+    started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], max_steps + 1):
         state.update(step=step, seconds=time.perf_counter() - started)
         last = step == max_steps
 
         if last or step % cfg.eval_every == 0:
-            metrics = evaluate(raw, held_out, sources, cfg, d, enc)
-            said, shown = answers(raw, held_out, cfg, d, enc) if d.is_master else ({}, "")
+            metrics = validate(model, held_out, replayed, cfg, env, enc)
+            said, shown = answers(model, held_out, cfg, env, enc) if env.is_master else ({}, "")
             metrics.update(said)
             log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
                                                      for k, v in metrics.items()) + shown,
@@ -279,56 +252,52 @@ def main(cfg):
         if last:
             break
 
-        seed_step(cfg.seed, step, d.rank)    # dropout is the only draw below
-        lr = cosine_lr((step + 0.5) / max_steps, cfg.warmup, cfg.learning_rate,
-                       cfg.min_lr * cfg.learning_rate)
+        lr = cosine_lr((step + 0.5) / max_steps, cfg.warmup, learning_rate)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
 
         step_started = time.perf_counter()
-        batch = [[train[i] for i in rows[pick(len(rows), step * cfg.batch_size + n, cfg.seed)]]
-                 for n in range(cfg.batch_size)]
-        for n in range(n_replay):
-            ids = pretrain.window(sources[0]["train"], T, step * n_replay + n, (cfg.seed, 0))[:T]
+        batch = []
+        for n in range(step * batch_size, (step + 1) * batch_size):
+            batch.append([train[i] for i in rows[nth_of_epochs(len(rows), n, cfg.seed)]])
+        for n in range(step * n_replay, (step + 1) * n_replay):
+            ids = window(source["train"], T, n, (cfg.seed, 0))[:T]
             batch.append([(ids.tolist(), [1] * T)])
         # every rank knows the whole step, so the divisor needs no exchange
         n_learned = sum(sum(mask[1:]) for row in batch for _, mask in row)
-        mine = batch[d.rank::d.world_size]
-        loss, n_tokens = torch.zeros((), device=d.device), 0
-        for at in range(0, len(mine), cfg.device_batch_size):
-            ids, mask, doc = collate(mine[at:at + cfg.device_batch_size], pad_id, d.device)
-            if d.world_size > 1:    # exchange gradients once, after the last micro-step
-                model.require_backward_grad_sync = at + cfg.device_batch_size >= len(mine)
-            with d.autocast():
-                logits = model(ids, doc if cfg.pack else None)                      # (B, T, V)
+        local = batch[env.rank::env.world_size]
+        loss, n_tokens = torch.zeros((), device=env.device), 0
+        for start in range(0, len(local), cfg.device_batch_size):
+            ids, mask, doc = collate(local[start:start + cfg.device_batch_size], pad_id, env.device)
+            if env.world_size > 1:    # exchange gradients once, after the last micro-step
+                wrapped.require_backward_grad_sync = start + cfg.device_batch_size >= len(local)
+            with env.autocast():
+                logits = wrapped(ids, doc if cfg.pack else None)                    # (B, T, V)
             part = -(token_logprobs(logits, ids) * mask).sum() / n_learned
-            (part * d.world_size).backward()    # because DDP averages over ranks
+            (part * env.world_size).backward()    # because ranks average gradients
             loss += part.detach()
-            n_tokens += ids.numel() * d.world_size
-        loss = sum_over_ranks(loss, d).item()
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip).item()
+            n_tokens += ids.numel() * env.world_size
+        loss = sum_over_ranks(loss, env).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
         if not math.isfinite(loss + grad_norm):
             fail(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning_rate. "
                  f"The weights of the last save are in {cfg.out}")
         for opt in optimizers:
             opt.step()
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad()
 
-        spent.append((time.perf_counter() - step_started, n_tokens))
-        rate, line = n_tokens / spent[-1][0], ""
-        if step % cfg.log_every == 0:
-            total, tokens = map(sum, zip(*spent))
-            line = (f"step {step:6d} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:6.3f} | "
-                    f"{tokens / total:9,.0f} tok/s | mfu {tokens / total * flops / peak:5.1%} | "
-                    f"eta {duration((max_steps - step) * total / len(spent))}")
-            spent = []
-        log(line, step=step, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_second=rate,
-            mfu=rate * flops / peak, learned_tokens=n_learned,
-            seconds=time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        rate = n_tokens / (time.perf_counter() - step_started)
+        line = (f"step {step:6d} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:6.3f} | "
+                f"{rate:9,.0f} tok/s | mfu {rate * flops / peak:5.1%} | "
+                f"eta {duration(seconds / (step + 1) * (max_steps - step - 1))}")
+        log(line if step % 10 == 0 else "", step=step, loss=loss, lr=lr, grad_norm=grad_norm,
+            tokens_per_second=rate, mfu=rate * flops / peak, learned_tokens=n_learned,
+            seconds=seconds)
 
     print0(f"done: {cfg.out}: {max_steps:,} steps in {duration(state['seconds'])}, "
-           f"at most {peak_memory(d)}")
+           f"at most {peak_memory(env)}")
     return metrics
 
 

@@ -1,51 +1,57 @@
-"""What the tests of sft, reward, rlhf and dpo share: tiny models and data, and runs in processes of their own."""
+"""What the tests of the stages share: tiny models and data, settings of short runs, processes."""
 import json
 import multiprocessing
 import os
-import signal
 import socket
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import model as m
-from model import GPT, Dist, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
+from model import GPT, Env, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
 
-CPU = Dist(0, 0, 1, torch.device("cpu"), None, True)
-CLOCK = {"seconds", "tokens_per_second", "mfu"}    # what two equal runs may differ in
+CPU = Env(0, 0, 1, torch.device("cpu"), None, True)
 SIZES = dict(block_size=96, vocab_size=260, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 
 
-def byte_encoding(name="bytes", shift=0):
+def byte_encoding(shift=0):
     """Ids 0-255 are bytes, 256-259 the control tokens. shift: the same size, but other ids."""
-    return m.make_encoding(name, m.GPT4_SPLIT, {bytes([(i + shift) % 256]): i for i in range(256)})
+    ranks = {bytes([(i + shift) % 256]): i for i in range(256)}
+    return m.make_encoding("bytes", m.GPT4_SPLIT, ranks)
 
 
 ENC = byte_encoding()
 END, PAD = ENC._special_tokens[m.IM_END], ENC._special_tokens[m.PAD]
 
+# Models
+
 
 def tiny(seed=0, **changes):
-    """A small model whose every matrix matters (the real initialisation silences the output projections)."""
+    """A small model whose every matrix matters: fresh output projections would be 0."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{**SIZES, **changes}))
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
-    return model.eval()
+    return model
 
 
 def adjust(model, tokens, logit):
-    """Give all tokens but these a lower logit, whatever the context: channel 0 becomes a constant."""
+    """Give all tokens but these a lower logit in any context: channel 0 becomes a constant."""
     with torch.no_grad():
         model.embed.weight[:, 0] = 8.0    # large against what the blocks add
         model.head.weight[:, 0] = logit
         model.head.weight[tokens, 0] = 0
     return model
+
+
+def judge(seed=1, **changes):
+    torch.manual_seed(seed)
+    return ScalarHead(tiny(seed, **changes))
 
 
 @dataclass
@@ -59,37 +65,8 @@ def save(path, model, enc=ENC):
     return str(path)
 
 
-def judge(seed=1, **changes):
-    torch.manual_seed(seed)
-    return ScalarHead(tiny(seed, **changes)).eval()
-
-
-def write(path, rows):
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def sums(n):
-    """n questions with their answers: (question, right answer, wrong answer)."""
-    return [(f"{i % 7}+{i % 5}?", f"{i % 7 + i % 5}.", "?" * (1 + i % 3) + "no") for i in range(n)]
-
-
-def turn(role, content):
-    return dict(role=role, content=content)
-
-
-def demonstrations(path, n=40):
-    """Conversations of one turn and, every third, of two."""
-    rows = []
-    for i, (q, a, _) in enumerate(sums(n)):
-        more = [turn("user", "Sure?"), turn("assistant", "Yes.")] if i % 3 == 0 else []
-        rows.append(dict(messages=[turn("user", q), turn("assistant", a), *more]))
-    return write(path, rows)
-
-
-def preferences(path, n=40):
-    """Pairs of unequal length, each with a prompt of its own."""
-    return write(path, [dict(prompt=f"{i}: {q}", chosen=a, rejected=b) for i, (q, a, b) in enumerate(sums(n))])
+def load(path):
+    return m.load_model(load_checkpoint(path, ""), "cpu")[0]
 
 
 def weights(path):
@@ -100,8 +77,88 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+# Data
+
+
+def write(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def turn(role, content):
+    return dict(role=role, content=content)
+
+
+def questions(n):
+    """(question, right answer, wrong answer) n times; the questions differ."""
+    return [(f"{i}: {i % 7}+{i % 5}?", f"{i % 7 + i % 5}.", "?" * (1 + i % 3) + "no")
+            for i in range(n)]
+
+
+def demonstrations(path, n=40):
+    """Conversations of one turn and, every third, of two."""
+    rows = []
+    for i, (q, a, _) in enumerate(questions(n)):
+        more = [turn("user", "Sure?"), turn("assistant", "Yes.")] if i % 3 == 0 else []
+        rows.append(dict(messages=[turn("user", q), turn("assistant", a), *more]))
+    return write(path, rows)
+
+
+def preferences(path, n=40):
+    return write(path, [dict(prompt=q, chosen=a, rejected=b) for q, a, b in questions(n)])
+
+
+def token_folder(folder, text, enc=ENC, n_val=500):
+    """A folder of tokens as prepare.py writes it, each line a document, the last n_val to test."""
+    ids, counts, eot = [], {}, enc._special_tokens[m.ENDOFTEXT]
+    for line in text.split("\n"):
+        ids += [*enc.encode_ordinary(line), eot]
+    ids = np.array(ids, dtype=np.uint16)
+    Path(folder).mkdir()
+    for name, part in dict(train=ids[:len(ids) - n_val], val=ids[len(ids) - n_val:]).items():
+        part.tofile(Path(folder, f"{name}.bin"))
+        counts[name] = len(part)
+    for name, content in dict(manifest=dict(dtype="uint16", tokens=counts),
+                              encoding=m.encoding_to_dict(enc)).items():
+        Path(folder, f"{name}.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def make_files(folder):
+    """What short runs read, by name. The policy says a, b, c or nothing more, the rest is rare."""
+    words = "one two three four five six seven eight nine ten".split()
+    lines = [" ".join(words[i % 10:] + words[:i % 10]) + "." for i in range(240)]
+    prompts = [dict(prompt=q, answer=a) for q, a, _ in questions(24)]
+    return dict(
+        base=save(folder / "base.pt", tiny()), judge=save(folder / "judge.pt", judge()),
+        policy=save(folder / "policy.pt", adjust(tiny(), [END, *b"abc"], -2.0)),
+        talks=demonstrations(folder / "talks.jsonl"), pairs=preferences(folder / "pairs.jsonl"),
+        prompts=write(folder / "prompts.jsonl", prompts),
+        tokens=token_folder(folder / "tokens", "\n".join(lines)))    # 12 kB, learnable
+
+
+def config(stage, files, out, **changes):
+    """Settings of a short run of a stage."""
+    own = dict(
+        pretrain=dict(data=[files["tokens"]], depth=2, n_embd=32, n_head=2, block_size=32,
+                      total_batch_tokens=256, learning_rate=None),
+        sft=dict(init=files["base"], data=[files["talks"]], total_batch_tokens=6 * 96,
+                 val_fraction=0.1, replay=0.0, replay_data="none"),
+        reward=dict(init=files["base"], data=[files["pairs"]], batch_size=6),
+        dpo=dict(init=files["policy"], data=[files["pairs"]], reward=files["judge"],
+                 prompts=[files["prompts"]], batch_size=6, max_new_tokens=6, nll=0.1),
+        rlhf=dict(init=files["policy"], data=[files["prompts"]], reward=files["judge"],
+                  gold="none", batch_size=8, group_size=4, minibatches=1, max_new_tokens=6))
+    few = dict(max_steps=3, eval_every=100, save_every=100, learning_rate=1e-3, precision="fp32",
+               overwrite=True, out=str(out))
+    return stage.Config(**{**few, **own[stage.__name__], **changes})
+
+
+# Runs
+
+
 def log_of(path, key="step"):
-    """Rows of the log beside a checkpoint that have this key; a row cut short by a kill does not count."""
+    """Rows of the log beside a checkpoint that have this key; a line cut by a kill is none."""
     lines = Path(path).with_suffix(".jsonl").read_text().split("\n")[:-1]
     return [row for row in map(json.loads, lines) if key in row]
 
@@ -115,33 +172,44 @@ def error(function, *args, **kwargs):
     return message
 
 
-class Recorder:
-    """Inside `with`: the gradients of every optimizer step before clipping, and the parameters trained last."""
-
-    def __enter__(self):
-        self.grads, self.parameters, self.clip = [], {}, torch.nn.utils.clip_grad_norm_
-
-        def record(parameters, *args):
-            parameters = [p for p in parameters if p.requires_grad]
-            self.grads.append([p.grad.clone() for p in parameters])
-            self.parameters[id(parameters[0])] = parameters
-            return self.clip(parameters, *args)
-        torch.nn.utils.clip_grad_norm_ = record
-        return self
-
-    def __exit__(self, *exception):
-        torch.nn.utils.clip_grad_norm_ = self.clip
-
-
 def recorded(main, cfg):
-    """Run a stage: (gradients of each optimizer step, final parameters)."""
-    with Recorder() as r:
+    """Run a stage: (gradients before clipping of each optimizer step, final parameters)."""
+    grads, last, clip = [], {}, torch.nn.utils.clip_grad_norm_
+
+    def whole(x):
+        return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+    def record(parameters, *args):
+        parameters = [p for p in parameters if p.requires_grad]
+        grads.append([whole(p.grad).clone() for p in parameters])
+        last[id(parameters[0])] = parameters
+        return clip(parameters, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", record)
         main(cfg)
-    return r.grads, [p.detach() for group in r.parameters.values() for p in group]
+    return grads, [whole(p.detach()) for group in last.values() for p in group]
+
+
+def interrupted(main, steps):
+    """main as a function that is left by Ctrl-C in the optimizer step after so many."""
+    def run(cfg):
+        done, step = [], torch.optim.AdamW.step
+
+        def stepped(*args):
+            done.append(1)
+            if len(done) > steps:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(torch.optim.AdamW, "step", stepped)
+            main(cfg)
+    return run
 
 
 def start(main, cfg, rank=0, world_size=1, port=0, save_to=None):
-    """main(cfg) in a child of this process, which has imported everything already: no second to wait."""
+    """main(cfg) in a child of this process, which has imported everything already."""
     def child():
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -156,50 +224,13 @@ def start(main, cfg, rank=0, world_size=1, port=0, save_to=None):
 
 
 def on_two_ranks(main, cfg, folder):
-    """Run a stage as torchrun would in two processes: [(gradients, final parameters) of each rank]."""
+    """Run a stage as torchrun would in two processes: what `recorded` gives of each rank."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [start(main, cfg, rank, 2, port, Path(folder) / f"rank{rank}") for rank in range(2)]
+    files = [folder / f"rank{rank}" for rank in range(2)]
+    ranks = [start(main, cfg, rank, 2, port, file) for rank, file in enumerate(files)]
     for process in ranks:
         process.join(120)
     assert [process.exitcode for process in ranks] == [0, 0]
-    return [torch.load(Path(folder) / f"rank{rank}") for rank in range(2)]
-
-
-def assert_two_ranks_train_like_one(main, cfg, folder):
-    """Equal replicas to the bit; the gradients of every step and the losses as in one process."""
-    grads, params = recorded(main, replace(cfg, out=str(Path(folder) / "one.pt")))
-    cfg = replace(cfg, out=str(Path(folder) / "two.pt"))
-    (a_grads, a_params), (b_grads, b_params) = on_two_ranks(main, cfg, folder)
-    assert all(map(torch.equal, a_params, b_params)) and len(a_params) == len(params)
-    assert len(grads) == len(a_grads)
-    torch.testing.assert_close(a_grads[0], grads[0], atol=1e-6, rtol=1e-5)
-    for x, y in ((a_grads, b_grads), (a_params, params)):    # Adam magnifies the last bits of small gradients
-        torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-3)
-    one, two = (log_of(Path(folder) / f"{name}.pt") for name in ("one", "two"))
-    assert [row.keys() for row in one] == [row.keys() for row in two]
-    for x, y in zip(one, two):
-        for key in [k for k in x.keys() - CLOCK if isinstance(x[k], (int, float))]:
-            assert y[key] == pytest.approx(x[key], abs=2e-3, nan_ok=True), (key, x["step"])
-
-
-def assert_killed_and_resumed_is_the_same(main, cfg, folder, kills=(5, 13)):
-    """kill -9 at no particular moment, twice, then --resume: the same bits as a run that was let alone."""
-    whole, killed = (replace(cfg, out=str(Path(folder) / f"{name}.pt")) for name in ("whole", "killed"))
-    main(whole)
-    for lines in kills:
-        process = start(main, replace(killed, resume=Path(killed.out).exists()))
-        log = Path(killed.out).with_suffix(".jsonl")
-        while process.is_alive() and not (log.exists() and len(log_of(killed.out)) >= lines):
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
-    main(replace(killed, resume=True))
-    a, b = (load_checkpoint(c.out, "") for c in (whole, killed))
-    for part in ("weights", "adapted", "critic"):
-        assert same_bits(a.get(part) or {}, b.get(part) or {}), part
-    a, b = ([json.dumps({k: v for k, v in row.items() if k not in CLOCK}) for row in log_of(c.out)]
-            for c in (whole, killed))
-    assert a == b
+    return [torch.load(file) for file in files]

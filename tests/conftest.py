@@ -1,7 +1,8 @@
-"""Shared by all tests: the project's root on the path, one thread (tests are small), no colour of the machine."""
+"""Shared by all tests: the project's root on the path, one thread, the files of short runs."""
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -9,4 +10,21 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: starts whole processes, seconds each (deselect with -m 'not slow')")
+    config.addinivalue_line("markers", "slow: starts processes, seconds each (-m 'not slow')")
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Paths of the models and data that short runs start from, see common.make_files."""
+    from common import make_files
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs measure no peak of the processor and sample little: that would take longest."""
+    import pretrain
+    import sft
+    for stage in (pretrain, sft):
+        monkeypatch.setattr(stage, "peak_flops", lambda env: 1e12)
+        monkeypatch.setattr(stage, "SAMPLE_TOKENS", 8)

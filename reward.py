@@ -11,7 +11,7 @@ Out:  out/reward.pt (a model with a scalar head) and out/reward.jsonl (steps, la
 Loss: -[p ln s(D - m) + (1 - p) ln s(m - D)] + eta (r_chosen + r_rejected)^2 a pair, s the logistic
 function, D = r_chosen - r_rejected, margin m (0), probability p (1). The score is read at the
 answer's end-of-turn token. eta keeps scores around 0, where RL wants them. One epoch: more
-overfits. Expect 95 % of the held-out embedded pairs, and "fit to guide RL".
+overfits. Expect 93 % of the held-out embedded pairs, and "fit to guide RL".
 
 References: Bradley & Terry 1952; Stiennon et al. 2020, arXiv 2009.01325 (head); Ouyang et al. 2022,
 arXiv 2203.02155 (one epoch); Touvron et al. 2023, arXiv 2307.09288 (margin); Eisenstein et al.

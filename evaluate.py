@@ -35,11 +35,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from model import (ENDOFTEXT, IM_END, INSULTS, ScalarHead, beside, complete, duration,
-                   encoding_from_dict, encoding_hash, fail, find_file, generate, item_ngrams,
-                   item_text, keep_valid, load_checkpoint, load_model, match_words, ngram_hashes,
-                   pad_batch, parse_args, print0, read_json, read_rows, render_chat, render_reply,
-                   setup, to_pair, to_prompt, token_bytes, wilson, write_atomic)
+from model import (ENDOFTEXT, IM_END, INSULTS, PHRASE_DOCUMENTS, ScalarHead, beside, complete,
+                   duration, encoding_from_dict, encoding_hash, fail, find_file, generate,
+                   item_ngrams, item_text, keep_valid, load_checkpoint, load_model, match_words,
+                   ngram_hashes, pad_batch, parse_args, print0, read_json, read_rows, render_chat,
+                   render_reply, setup, to_pair, to_prompt, token_bytes, wilson, write_atomic)
 
 FORMAT = 3             # of report.json; raise it when a number would change its meaning
 FORMAT_BONUS = 0.1     # what verify() adds for the form "#### n", right or wrong
@@ -547,9 +547,8 @@ def score_memory(lm, tokens, manifest, cfg, env, most=100):
     return items
 
 
-def trained_on(tokens, manifest, tasks, cfg, env, most=2 ** 24, common=10):
-    """({task: how many of its items stand in the training text}, share of that text read). What is
-    in more than `common` documents is a phrase (Brown et al. 2020, appendix C)."""
+def trained_on(tokens, manifest, tasks, cfg, env, most=2 ** 24):
+    """({task: how many of its items stand in the training text}, share of that text read)."""
     index, documents = {}, Counter()    # (n, hash) -> items, how many documents
     for name, task in tasks.items():
         for row in task["rows"]:
@@ -569,7 +568,7 @@ def trained_on(tokens, manifest, tasks, cfg, env, most=2 ** 24, common=10):
 
     for grams in over_ranks(spans, lambda span: span[1] - span[0], work, cfg, env):
         documents.update(grams)
-    leaked = [index[gram] for gram, n in documents.items() if n <= common]
+    leaked = [index[gram] for gram, n in documents.items() if n <= PHRASE_DOCUMENTS]
     return Counter(name for name, _ in set().union(*leaked)), float(spans[-1][1] / len(ids))
 
 

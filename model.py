@@ -1027,6 +1027,8 @@ whore whores worm worthless""".split())
 # Of an evaluation item the text under the first of these must not stand in the training text.
 SEARCHED = ("passage", "context", "ctx_a", "goal", "sentence", "query", "question", "prompt",
             "messages", "conversations", "chosen", "sent_more", "text")
+# Words of it that stand in more documents than this are a phrase (Brown et al. 2020, appendix C).
+PHRASE_DOCUMENTS = 10
 
 
 @functools.lru_cache(1 << 18)
@@ -1368,8 +1370,9 @@ class Log:
         lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
         write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
         if cfg.tensorboard:
-            board = need("torch.utils.tensorboard").SummaryWriter
-            self.board = board(beside(cfg.out, ".tensorboard"), purge_step=step)
+            need("tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(beside(cfg.out, ".tensorboard"), purge_step=step)
 
     def __call__(self, line, **metrics):
         if os.environ.get("RANK", "0") != "0":

@@ -43,9 +43,10 @@ import regex
 import tiktoken
 import torch.distributed as dist
 
-from model import (ENDOFTEXT, GPT4_SPLIT, INSULTS, encoding_from_dict, encoding_hash,
-                   encoding_to_dict, fail, find_file, item_ngrams, load_checkpoint, make_encoding,
-                   match_words, ngram_hashes, parse_args, print0, read_json, read_rows)
+from model import (ENDOFTEXT, GPT4_SPLIT, INSULTS, PHRASE_DOCUMENTS, encoding_from_dict,
+                   encoding_hash, encoding_to_dict, fail, find_file, item_ngrams, load_checkpoint,
+                   make_encoding, match_words, ngram_hashes, parse_args, print0, read_json,
+                   read_rows)
 
 
 @dataclass
@@ -695,7 +696,6 @@ def deduplicate(docs, band, skip):
 # ------------------------------------------------------------------------------------------------
 # Decontaminate: GPT-3's rule (2005.14165, app. C), but a document with a hit goes as a whole
 
-EVAL_COMMON = 10    # what stands in more documents than this is a phrase and gives nothing away
 
 
 class EvalIndex:
@@ -728,7 +728,7 @@ def decontaminate(docs, index):
     hits = [(i, gram) for i, grams in enumerate(docs["leaks"]) for gram in grams]
     hits = [(i, gram) for i, gram in hits if docs["reason"][i] == ""]
     common = Counter(gram for _, gram in hits)
-    leaks = [(i, gram) for i, gram in hits if common[gram] <= EVAL_COMMON]
+    leaks = [(i, gram) for i, gram in hits if common[gram] <= PHRASE_DOCUMENTS]
     for i, _ in leaks:
         docs["reason"][i] = "contaminated"
     return sorted({index.items[gram] for _, gram in leaks})
@@ -1118,8 +1118,8 @@ def main(cfg):
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not ours:
         fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
     enc = None if cfg.tokenizer in ("train", "chars") else load_tokenizer(cfg.tokenizer)
-    group, rank = None, 0    # one process, or a stage that calls this on one of its ranks
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    group, rank = None, 0
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
         group, rank = dist.group.WORLD, dist.get_rank()
     inputs = find_parts(cfg) if rank == 0 else None    # fetches what is on the hub

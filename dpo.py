@@ -28,9 +28,11 @@ import torch.nn.functional as F
 
 from model import (IM_END, PAD, Log, adapters_off, add_lora, check_out, collate, complete,
                    cosine_lr, duration, fail, load_judge, load_language_model, load_pairs,
-                   load_prompts, make_optimizers, nth_of_epochs, parallel, parse_args, peak_memory,
-                   print0, resume, save_checkpoint, score_all, setup, split_by_prompt,
-                   sum_over_ranks, token_logprobs)
+                   load_prompts, make_optimizers, nth_of_epochs, parallel, peak_memory, print0,
+                   resume, run, save_checkpoint, score_all, setup, split_by_prompt, sum_over_ranks,
+                   token_logprobs)
+
+SHOWN = ("loss", "accuracy", "margin", "logps_chosen", "logps_rejected", "grad_norm")
 
 
 @dataclass
@@ -58,13 +60,14 @@ class Config:
     max_steps: int | None = None           # optimizer steps instead of epochs, at least 1
     batch_size: int = 32                   # pairs per step, over all ranks, at least 1
     device_batch_size: int = 32            # pairs per forward pass and rank, at least 1
-    learning_rate: float | None = None     # peak, of AdamW, above 0; derived: 1.5e-4 * 192 / width
+    learning_rate: float | None = None     # peak, of AdamW, above 0; derived: 2e-4 * 192 / width
     warmup: float = 0.1                    # fraction of the run, at least 0
     grad_clip: float = 1.0                 # largest global gradient norm, above 0
     # running
     eval_every: int = 25                   # optimizer steps between validations, at least 1
     save_every: int = 20                   # optimizer steps between checkpoints, at least 1
     tensorboard: bool = False              # also write event files beside the log
+    recompute: bool = False                # activations anew in the backward pass, to save memory
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products
     seed: int = 1                          # of data order and sampling, at least 0
 
@@ -191,6 +194,7 @@ def main(cfg):
         add_lora(model, cfg.lora_rank)
     else:
         reference, _ = load_language_model(cfg.init, "python sft.py", env.device)
+    model.recompute = cfg.recompute
     T, pad_id = model.config.block_size, enc._special_tokens[PAD]
 
     # data
@@ -203,7 +207,7 @@ def main(cfg):
     if cfg.batch_size % env.world_size:
         fail(f"--batch_size {cfg.batch_size} is not a multiple of {env.world_size} ranks")
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(train) / cfg.batch_size))
-    learning_rate = cfg.learning_rate or 1.5e-4 * 192 / model.config.n_embd
+    learning_rate = cfg.learning_rate or 2e-4 * 192 / model.config.n_embd
     print0(f"data: {len(train):,} {'prompts' if cfg.online else 'pairs'}, {len(held_out):,} pairs "
            f"held out; {max_steps} steps x {cfg.batch_size}")
 
@@ -212,11 +216,7 @@ def main(cfg):
     n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init}; loss {cfg.loss}, beta {cfg.beta}")
     state = resume(cfg, "dpo", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
-    log = Log(cfg, state["step"])
-
-    def save():
-        save_checkpoint(cfg.out, model, "dpo", state["step"], enc, cfg, state=state,
-                        optimizers=[opt.state_dict() for opt in optimizers])
+    log = Log(cfg, state["step"], max_steps)
 
     started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], max_steps + 1):
@@ -225,11 +225,9 @@ def main(cfg):
 
         if last or step % cfg.eval_every == 0:
             metrics = validate(model, reference, held_out, pad_id, cfg, env)
-            log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
-                                                     for k, v in metrics.items()),
-                step=step, **metrics, seconds=state["seconds"])
+            log(step, metrics, **metrics, seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
-            save()
+            save_checkpoint(cfg.out, model, "dpo", step, enc, cfg, state, optimizers)
         if last:
             break
 
@@ -271,12 +269,8 @@ def main(cfg):
 
         seconds = time.perf_counter() - started
         margin = means["reward_chosen"] - means["reward_rejected"]
-        line = (f"step {step:6d} | loss {means['loss']:.4f} | accuracy {means['accuracy']:.3f} | "
-                f"margin {margin:6.3f} | logps chosen {means['logps_chosen']:7.2f} rejected "
-                f"{means['logps_rejected']:7.2f} | norm {grad_norm:6.3f} | "
-                f"eta {duration(seconds / (step + 1) * (max_steps - step - 1))}")
-        log(line if step % 5 == 0 else "", step=step, **means, **extra, margin=margin,
-            pairs=n_pairs, lr=lr, grad_norm=grad_norm, seconds=seconds)
+        log(step, SHOWN if step % 5 == 0 else (), **means, **extra, margin=margin, pairs=n_pairs,
+            lr=lr, grad_norm=grad_norm, seconds=seconds)
 
     print0(f"done: {cfg.out}: {max_steps:,} steps in {duration(state['seconds'])}, "
            f"at most {peak_memory(env)}")
@@ -284,4 +278,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run(main, Config)

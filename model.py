@@ -8,7 +8,6 @@ Shapes: B batch, T time, S cached time, C channels, H heads, K key heads, D head
 Conventions: padding is on the right; masks are 1 where a token counts; log-probs are float32 nats.
 """
 import argparse
-import atexit
 import base64
 import contextlib
 import ctypes
@@ -27,6 +26,7 @@ import re
 import shutil
 import sys
 import time
+import traceback
 import typing
 import unicodedata
 from collections import Counter
@@ -42,6 +42,7 @@ import torch.distributed.nn    # imported later, its default arguments would kee
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------
 # The model: pre-norm decoder of the Llama / Qwen family
@@ -142,19 +143,21 @@ def attention(q, k, v, mask=None, fused=False):
     mask: bool, broadcastable to (B, 1, T, S), True where a query may look; None: causal, T == S.
     fused: the same as one kernel, which is faster on GPUs and for long rows.
     """
+    (B, H, T, D), K = q.shape, k.shape[1]
     if fused:
+        if mask is not None and H > K:    # no fast kernel does both
+            k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                              enable_gqa=q.shape[1] != k.shape[1])
-    T, D = q.shape[2:]
-    if q.shape[1] != k.shape[1]:    # grouped queries: each key head serves H / K of them
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+                                              enable_gqa=mask is None and H > K)
     if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    scores = (q * D ** -0.5) @ k.mT                                             # (B, H, T, S)
+        mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
+    if H > K:    # grouped queries: the heads that share a key head are rows of one product
+        q, mask = q.reshape(B, K, -1, D), mask.repeat(1, 1, H // K, 1)          # (B, K, T H/K, D)
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+    scores = (q * D ** -0.5) @ k.mT                                             # (B, H, T, S)
     with torch.autocast(q.device.type, enabled=False):    # bf16 in and out, summed in float32
         weights = (scores + bias).softmax(dim=-1)
-    return weights @ v
+    return (weights @ v).view(B, H, T, D)
 
 
 class CausalSelfAttention(nn.Module):
@@ -227,7 +230,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
@@ -261,6 +264,8 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(ids.device.type)
             x, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
         for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():    # in backward, from x alone
+                block = functools.partial(checkpoint, block, use_reentrant=False)
             x = block(x, cos, sin, mask, cache, positions)
         return self.norm(x)
 
@@ -304,22 +309,28 @@ class ScalarHead(nn.Module):
 class KVCache:
     """Keys and values of all layers. Slot t of a row holds its token t; rows differ in length."""
 
-    def __init__(self, config, batch_size, max_len, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_size)
+    def __init__(self, config, batch_size, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_kv_head, 0, config.head_size)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.end = 0    # slots in use
+
+    def make_room(self, end):
+        """Have slots for `end` tokens: a few more at a time, not all at once, and no slices of
+        them, because products of slices copy them first."""
+        if end > (slots := self.k.shape[3]):
+            more = -(-end // 16) * 16 - slots
+            self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
 
     def mask(self, positions):
         """(B, 1, T, S): a token at `positions` (B, T) sees the slots up to its own."""
-        slots = torch.arange(self.end, device=positions.device)
+        slots = torch.arange(self.k.shape[3], device=positions.device)
         return (slots <= positions[:, :, None])[:, None]
 
     def update(self, layer, k, v, positions):
-        """Write k, v (B, K, T, D) at positions (B, T); return all slots in use (B, K, S, D)."""
+        """Write k, v (B, K, T, D) at positions (B, T); return all slots (B, K, S, D)."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.k[layer][rows, :, positions] = k.transpose(1, 2)
         self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer, :, :, :self.end], self.v[layer, :, :, :self.end]
+        return self.k[layer], self.v[layer]
 
     def select(self, rows):
         """Keep only these rows of the batch."""
@@ -371,8 +382,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop_id
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     cast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if cast else model.embed.weight.dtype
-    cache = KVCache(config, B, P + max_new_tokens, device, dtype)
-    cache.end = P
+    cache = KVCache(config, B, device, dtype)
+    cache.make_room(P)
     rows = torch.arange(B, device=device)
     positions = torch.arange(P, device=device).expand(B, P)
     states = model.hidden(ids.to(device), cache=cache, positions=positions)    # (B, P, C)
@@ -386,7 +397,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop_id
         if not alive.all():
             rows, tokens = rows[alive], tokens[alive]
             cache.select(alive)
-        cache.end = P + t + 1
+        cache.make_room(P + t + 1)
         positions = (lengths[rows] + t)[:, None]
         states = model.hidden(tokens[:, None], cache=cache, positions=positions)[:, 0]
 
@@ -444,7 +455,7 @@ class PublicEncoding:
 
     def __init__(self, text, n_vocab, eos=None):
         self.inner = need("tokenizers").Tokenizer.from_str(text)
-        if '"ByteLevel"' not in text:
+        if '"ByteLevel"' not in json.dumps(json.loads(text)["decoder"]):
             raise ValueError("its tokenizer is not byte-level")
         self.inner.no_truncation()
         self.inner.no_padding()
@@ -549,14 +560,64 @@ def render_reply(enc, prompt, reply):
 # Arithmetic that several stages need bit for bit
 
 
-def token_logprobs(logits, ids):
+class TokenNats(torch.autograd.Function):
+    """-ln softmax(logits / temperature)[ids]: logits (N, V) of any dtype, ids (N,) -> float32 (N,).
+
+    Done in pieces, so that no float32 copy of all logits is ever there: with their log-softmax and
+    its gradient it would take 14 bytes a logit, not 4.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, ids, temperature):
+        nats = torch.empty(len(ids), device=logits.device)
+        work = compiled(nats_of_piece) if logits.is_cuda else nats_of_piece
+        for at in pieces(logits):
+            nats[at] = work(logits[at], ids[at], temperature)
+        ctx.save_for_backward(logits, ids, nats)
+        ctx.temperature = temperature
+        return nats
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, ids, nats = ctx.saved_tensors
+        grad, grad_logits = grad / ctx.temperature, torch.empty_like(logits)
+        work = compiled(gradient_of_piece) if logits.is_cuda else gradient_of_piece
+        for at in pieces(logits):
+            grad_logits[at] = work(logits[at], grad[at], ctx.temperature)
+        right = ((-nats).exp() - 1) * grad
+        grad_logits[torch.arange(len(ids), device=ids.device), ids] = right.to(logits.dtype)
+        return grad_logits, None, None
+
+
+def pieces(logits):
+    """Slices of rows: small ones that stay in a CPU's cache, large ones that keep a GPU busy."""
+    n = max(1, (2 ** 26 if logits.is_cuda else 2 ** 19) // logits.shape[1])
+    return [slice(start, start + n) for start in range(0, len(logits), n)]
+
+
+def nats_of_piece(logits, ids, temperature):
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    return F.cross_entropy(logits, ids, reduction="none")
+
+
+def gradient_of_piece(logits, grad, temperature):
+    """All but what the right ids get on top."""
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    return logits.softmax(-1).mul_(grad[:, None])
+
+
+def token_nats(logits, ids, temperature=1.0):
+    """-ln p(ids) at each position, float32: logits (B, T, V), ids (B, T) -> (B, T)."""
+    return TokenNats.apply(logits.flatten(0, 1), ids.flatten(), temperature).view(ids.shape)
+
+
+def token_logprobs(logits, ids, temperature=1.0):
     """log p(ids[t] | ids[<t]) as (B, T) float32 nats, aligned to `ids`; entry 0 is 0.
 
     logits (B, T, V): logits[:, t] predicts ids[:, t + 1], the only place that knows this shift.
     """
-    nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:].long(),
-                           reduction="none")
-    return F.pad(-nats, (1, 0))
+    nats = token_nats(logits, F.pad(ids[:, 1:], (0, 1)), temperature)    # of nothing at the end
+    return F.pad(-nats[:, :-1], (1, 0))
 
 
 def pad_batch(rows, pad_id):
@@ -813,10 +874,11 @@ def to_turns(value, role):
     return turns
 
 
-def asked(row):
-    """The messages of a row but a reply in a field of its own; [] where there are none.
+def conversation(row, *fields):
+    """The messages of a row, with the reply under the first of these fields that it has.
 
-    OpenAI messages, ShareGPT conversations, Alpaca instruction + input, GSM8K question, prompt.
+    OpenAI messages, ShareGPT conversations, Alpaca instruction + input, GSM8K question, prompt. A
+    reply that begins with another's turn is the whole conversation (HH-RLHF, UltraFeedback).
     """
     talk = next((row[k] for k in ("messages", "conversations", "prompt") if row.get(k)), [])
     turns = to_turns(talk, "user")
@@ -825,22 +887,17 @@ def asked(row):
         turns = [dict(role="user", content=question)]    # no transcript, whatever it looks like
     if row.get("system") and not (turns and turns[0]["role"] == "system"):
         turns = [dict(role="system", content=row["system"]), *turns]
-    return turns
+    reply = next((to_turns(row[k], "assistant") for k in fields if k in row), [])
+    if reply and reply[0]["role"] != "assistant":
+        return reply
+    return turns + reply if turns else []
 
 
 def to_messages(row):
     """A demonstration as messages. Raises ValueError with the reason where a row is none."""
-    if "chosen" in row:
-        turns, chosen, _ = to_pair(row)
-        reply = chosen
-    else:
-        turns = asked(row)
-        reply = next((row[k] for k in ("output", "answer", "completion", "response") if k in row),
-                     None)
+    turns = conversation(row, "chosen", "output", "answer", "completion", "response")
     if not turns:
         raise ValueError("none of messages, conversations, instruction, question, prompt in it")
-    if reply is not None:
-        turns = turns + to_turns(reply, "assistant")
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         raise ValueError("no assistant turn")
     return turns
@@ -848,9 +905,9 @@ def to_messages(row):
 
 def to_prompt(row):
     """The messages an assistant should answer next. Raises ValueError."""
-    turns = asked(row) or to_pair(row)[0]
+    turns = conversation(row, "chosen")
     while turns and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
+        turns.pop()
     if not any(turn["content"].strip() for turn in turns if turn["role"] != "system"):
         raise ValueError("empty prompt")
     return turns
@@ -858,15 +915,15 @@ def to_prompt(row):
 
 def to_pair(row):
     """(prompt messages, chosen text, rejected text): TRL, HH-RLHF, UltraFeedback. ValueError."""
-    chosen, rejected = (to_turns(row.get(k) or "", "assistant") for k in ("chosen", "rejected"))
-    prompt, before = chosen[:-1], asked(row)
-    if prompt[:len(before)] != before and (not prompt or prompt[0]["role"] == "assistant"):
-        prompt = before + prompt    # the prompt apart, the conversation goes on in both answers
-    if rejected[:-1] != chosen[:-1]:
+    if not row.get("chosen") or not row.get("rejected"):
+        raise ValueError("empty answer")
+    chosen, rejected = conversation(row, "chosen"), conversation(row, "rejected")
+    prompt = chosen[:-1]
+    if prompt != rejected[:-1]:
         raise ValueError("the prompts differ")
     if not any(turn["content"].strip() for turn in prompt):
         raise ValueError("empty prompt")
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+    if {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise ValueError("no assistant turn")
     chosen, rejected = chosen[-1]["content"], rejected[-1]["content"]
     if not chosen.strip() or not rejected.strip():
@@ -1053,6 +1110,8 @@ def ngram_hashes(words, n):
     for i in range(1, n):
         grams = grams * np.uint64(0x9E3779B97F4A7C15) + words[i:len(words) - n + 1 + i]
     return grams
+
+
 def item_text(row):
     """(asked, right answer or "") of an evaluation item: what training text must not hold."""
     name = next((name for name in SEARCHED if row.get(name)), "")
@@ -1093,7 +1152,6 @@ def item_ngrams(row, most=13):
 class Env:
     """Where this process runs. `dtype`: of matrix products under autocast, None for float32."""
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
     dtype: torch.dtype | None
@@ -1110,26 +1168,22 @@ def setup(seed, precision="auto"):
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")    # TF32
+        torch.backends.cuda.enable_cudnn_sdp(False)    # it plans each new shape, for up to a second
         name = torch.cuda.get_device_name(device)
+    elif torch.cuda.device_count():    # which asks the driver, not CUDA
+        fail(f"there is a GPU, but its driver is too old for this torch (CUDA {torch.version.cuda})"
+             f": update it, or hide the GPU with CUDA_VISIBLE_DEVICES=''")
     else:
-        mps = torch.backends.mps.is_available() and world_size == 1
-        device = torch.device("mps" if mps else "cpu")
-        name = f"{device.type}, {torch.get_num_threads()} threads"
+        device, name = torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads"
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(leave_group)
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     torch.manual_seed(seed)
     dtype, why = pick_precision(device, precision)
     print0(f"device: {world_size} x {name}, {why}")
-    return Env(rank, local_rank, world_size, device, dtype, rank == 0)
-
-
-def leave_group():
-    """At exit: a thread of gloo that frees its last tensor while Python ends aborts it."""
-    time.sleep(0.1)    # it can do so now; torch keeps the group of a sharded model to the end
-    dist.destroy_process_group()
+    return Env(rank, world_size, device, dtype, rank == 0)
 
 
 def pick_precision(device, precision):
@@ -1139,7 +1193,7 @@ def pick_precision(device, precision):
     if device.type == "cuda":
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        flags = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        flags = torch.cpu.get_capabilities()
         has = any(flags.get(k) for k in ("amx_bf16", "avx512_bf16", "bf16"))
     if has or precision == "bf16":
         return torch.bfloat16, "bf16 autocast" + ("" if has else " (emulated: slow)")
@@ -1149,7 +1203,7 @@ def pick_precision(device, precision):
 def keep_freed_memory():
     """Let glibc keep freed blocks: by default each large tensor is mapped and page-faulted anew.
 
-    Training steps on CPU ask for the same sizes again and again; measured 1.2-1.8 times faster.
+    Training steps on CPU ask for the same sizes again and again; up to twice as fast.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
@@ -1157,10 +1211,13 @@ def keep_freed_memory():
         libc.mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD, bytes
 
 
-def compiled(model, env):
-    """torch.compile(model); where that does not work it says so, once, and gives the model back."""
+@functools.cache
+def compiled(model):
+    """torch.compile of a model or a function; itself, and one line, where that does not work."""
+    torch._dynamo.config.optimize_ddp = False    # it would cut the model at each bucket
     try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=env.device))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return torch.compile(model)
     except Exception as e:    # whatever the compiler stack raises, the answer is the same
         print0(f"torch.compile does not work here, running without it ({type(e).__name__})")
@@ -1194,20 +1251,24 @@ def peak_memory(env):
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
 
 
+PEAK_FLOPS = {    # dense bf16, vendors' data sheets; the first name that fits
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "GH200": 989e12, "H200 NVL": 835e12,
+    "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
 def peak_flops(env):
-    """FLOP/s that all ranks could reach at env.dtype: known GPUs by name, else measured."""
-    known = dict(H100=989e12, H200=989e12, B200=2250e12, A100=312e12, L40S=362e12, L4=121e12,
-                 RTX4090=165e12, RTX3090=71e12)    # dense bf16, vendor data sheets
-    if env.device.type == "cuda" and env.dtype:
-        name = torch.cuda.get_device_name(env.device).replace(" ", "")
-        for key, flops in known.items():
-            if key in name:
-                return flops * env.world_size
-    a = torch.randn(1024, 1024, device=env.device, dtype=env.dtype or torch.float32)
+    """FLOP/s that all ranks could reach at env.dtype: of a GPU by its name (NaN: not known, and no
+    MFU rather than a flattered one), of a CPU as measured."""
+    if env.device.type == "cuda":
+        name = torch.cuda.get_device_name(env.device)
+        found = [flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)]
+        return found[0] * env.world_size if found and env.dtype else math.nan
+    a = torch.randn(1024, 1024, dtype=env.dtype or torch.float32)
     best = math.inf
     for _ in range(12):
         start = time.perf_counter()
-        (a @ a).sum().item()    # .item() waits for the device
+        a @ a
         best = min(best, time.perf_counter() - start)
     return 2 * 1024 ** 3 / best * env.world_size
 
@@ -1233,31 +1294,37 @@ def duration(seconds):
     return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
 
 
-def quiet_end(kind, e, trace):
-    """Ctrl-C, and a pipe such as `| head` that closes, are no errors to show a traceback for."""
-    if kind is KeyboardInterrupt:
-        print("\ninterrupted; a stage that trains goes on with --resume", file=sys.stderr)
-    elif kind is BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for the flush at exit
-    else:
-        sys.__excepthook__(kind, e, trace)
+def run(main, Config):
+    """A stage as a program: main on the settings of the command line, alone or as one of many.
+
+    A rank that fails ends the job at once: torchrun stops the others, NCCL would wait for them.
+    """
+    try:
+        main(parse_args(Config))
+    except BaseException as e:
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            print(e if isinstance(e, SystemExit) else traceback.format_exc(), file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+        raise
+    finally:
+        if dist.is_initialized():
+            time.sleep(0.1)    # a thread of gloo that frees its last tensor later aborts Python
+            dist.destroy_process_group()
 
 
 def parse_args(Config, argv=None):
     """Turn a dataclass into a command line: `--field value`, booleans `--field` / `--no-field`.
 
     The trailing comment of each field is its help, so that code and --help cannot disagree, and
-    the bounds it ends with (", above 0", "; at least 1") are checked. --config takes the settings
-    of a checkpoint or of a JSON file, --resume those of the run at --out; flags win over both.
+    the bounds it ends with (", above 0", "; at least 1") are checked. --resume takes the settings
+    of the run at --out; flags win over them.
     """
-    sys.excepthook = quiet_end
     parser = argparse.ArgumentParser(
         description=inspect.getdoc(sys.modules[Config.__module__]), allow_abbrev=False,
         usage="%(prog)s [--setting value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message} (see --help)")
-    parser.add_argument("--config", metavar="FILE", help="take the settings of an earlier run, its "
-                        "checkpoint, or of a JSON file; flags win over them")
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     types = typing.get_type_hints(Config)
     for name, default in dataclasses.asdict(Config()).items():
@@ -1273,26 +1340,17 @@ def parse_args(Config, argv=None):
         parser.add_argument(f"--{name}", default=default, **flag,
                             help=f"{help_of[name]} [{shown}]".replace("%", "%%"))
     given = parser.parse_args(argv)
-    path = given.config
     if getattr(given, "resume", False) and Path(given.out).exists():
-        path = path or given.out
-    if path:
-        settings = read_json(path) if str(path).endswith(".json") else (
-            load_checkpoint(path, "", mmap=True)["stage_config"])
-        if unknown := settings.keys() - help_of.keys():
-            fail(f"{path}: unknown setting {min(unknown)!r}")
-        parser.set_defaults(**settings)
+        settings = load_checkpoint(given.out, "", mmap=True)["stage_config"]
+        parser.set_defaults(**{k: v for k, v in settings.items() if k in types})
         given = parser.parse_args(argv)
-    del given.config
     for name, value in vars(given).items():
-        check_setting(name, value, types[name], help_of[name])
+        check_bounds(name, value, help_of[name])
     return Config(**vars(given))
 
 
-def check_setting(name, value, kind, help_text):
-    """The choices of a Literal (--config knows none), and the bounds that a field's help states."""
-    if typing.get_origin(kind) is typing.Literal and value not in typing.get_args(kind):
-        fail(f"--{name} {value}: choose from {', '.join(typing.get_args(kind))}")
+def check_bounds(name, value, help_text):
+    """Refuse a number outside the bounds that a field's help states."""
     bounds = re.findall(r"[,;] (above|at least|at most) (-?\d+(?:\.\d+)?)", help_text)
     for word, limit in bounds if isinstance(value, (int, float)) else ():
         limit = float(limit)
@@ -1356,41 +1414,54 @@ def check_out(cfg):
 
 
 class Log:
-    """One console line and one JSON line per call, in `out` with .jsonl instead of .pt.
+    """A JSON line for each call, in `out` with .jsonl instead of .pt, and a line on the console.
 
     With cfg.tensorboard every number goes into event files as well. step: where the run goes on;
     what an earlier one logged from there on is done again.
     """
 
-    def __init__(self, cfg, step):
-        self.path, self.board = beside(cfg.out, ".jsonl"), None
-        if os.environ.get("RANK", "0") != "0":
+    def __init__(self, cfg, step, max_steps):
+        self.path, self.max_steps, self.board = beside(cfg.out, ".jsonl"), max_steps, None
+        if int(os.environ.get("RANK", 0)) > 0:
             return
-        lines = self.path.read_text("utf-8").splitlines(True) if step and self.path.exists() else []
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        old = self.path.read_text("utf-8") if step and self.path.exists() else ""
+        lines = [line for line in old.splitlines(True) if line.endswith("\n")]
+        lines = [line for line in lines if json.loads(line)["step"] < step]
         write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
         if cfg.tensorboard:
             need("tensorboard")
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(beside(cfg.out, ".tensorboard"), purge_step=step)
 
-    def __call__(self, line, **metrics):
-        if os.environ.get("RANK", "0") != "0":
+    def __call__(self, step, show=(), more="", **metrics):
+        """show: names of metrics for the console; more: text that goes behind them."""
+        if int(os.environ.get("RANK", 0)) > 0:
             return
-        row = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+        row = {}
+        for name, x in metrics.items():
+            x = round(x, 6) if isinstance(x, float) else x
+            row[name] = None if x != x else x    # JSON has no NaN
         try:
             with open(self.path, "a") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps(dict(step=step) | row) + "\n")
         except OSError as e:
             fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
-        for name, value in row.items() if self.board else ():
-            if name != "step" and isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, row["step"])
-        if line:
-            print0(line)
+        for name, x in row.items() if self.board else ():
+            if isinstance(x, (int, float)):
+                self.board.add_scalar(name, x, step)
+        if show:
+            eta = metrics["seconds"] / (step + 1) * (self.max_steps - step - 1)
+            columns = [f"{name} {number(metrics[name])}" for name in show]
+            print(f"step {step:6d}", *columns, f"eta {duration(max(0, eta))}" + more, sep=" | ",
+                  flush=True)
 
 
-def save_checkpoint(path, model, stage, step, enc, cfg, **extra):
+def number(x):
+    """Seven columns: 0.00123, 12.34, 12,345"""
+    return f"{x:<7,.0f}" if abs(x) >= 1000 else f"{x:<7.4g}"
+
+
+def save_checkpoint(path, model, stage, step, enc, cfg, state=None, optimizers=()):
     """One self-contained file: float32 weights, sizes, tokenizer, settings, what resuming needs.
 
     The first rank writes it; all ranks call this, because the model may be sharded.
@@ -1401,7 +1472,8 @@ def save_checkpoint(path, model, stage, step, enc, cfg, **extra):
     settings = dataclasses.asdict(cfg) | dict(resume=False, overwrite=False)
     checkpoint = dict(format=2, stage=stage, step=step, weights=weights, adapters=adapters,
                       model_config=dataclasses.asdict(model.config), encoding=encoding_to_dict(enc),
-                      stage_config=settings, **gather(extra))
+                      stage_config=settings, state=gather(state),
+                      optimizers=[gather(opt.state_dict()) for opt in optimizers])
     if int(os.environ.get("RANK", 0)) == 0:
         write_atomic(path, lambda f: torch.save(checkpoint, f))
 
@@ -1625,20 +1697,11 @@ def public_tokenizer(enc):
     """A tokenizer of the package `tokenizers`: whole tokens first, then merges by rank."""
     if isinstance(enc, PublicEncoding):
         return enc.inner
-    tokenizers, ranks = need("tokenizers"), enc._mergeable_ranks
-    to_letter = need("transformers.convert_slow_tokenizer").bytes_to_unicode()
-    letters = {token: "".join(to_letter[b] for b in token) for token in ranks}
-    merges = [(letters[token[:i]], letters[token[i:]]) for token in sorted(ranks, key=ranks.get)
-              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
     special = sorted(enc._special_tokens, key=enc._special_tokens.get)
-    vocab = {letters[token]: i for token, i in ranks.items()} | enc._special_tokens
-    t = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
-    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(enc._pat_str), "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    t.decoder = tokenizers.decoders.ByteLevel()
-    t.add_special_tokens(special)
-    return t
+    converter = need("transformers.convert_slow_tokenizer").TikTokenConverter(
+        None, enc._pat_str, extra_special_tokens=special)
+    converter.load_tiktoken_bpe = lambda _: enc._mergeable_ranks    # no file to read them from
+    return converter.converted()
 
 
 def export_model(path, folder, dtype="float32"):

@@ -34,18 +34,21 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from model import (ENDOFTEXT, GPT, GPTConfig, Log, check_out, compiled, complete, config_of,
                    cosine_lr, duration, encoding_from_dict, encoding_hash, fail, load_checkpoint,
-                   load_weights, make_optimizers, open_tokens, parallel, parse_args, peak_flops,
-                   peak_memory, print0, resume, save_checkpoint, setup, sum_over_ranks, token_bytes,
-                   window)
+                   load_weights, make_optimizers, open_tokens, parallel, peak_flops, peak_memory,
+                   print0, resume, run, save_checkpoint, setup, sum_over_ranks, token_bytes,
+                   token_nats, window)
 
 TOKENS_PER_PARAMETER, EPOCHS = 20, 5    # the run is as long as the shorter of the two
 SPIKE, MAX_SKIPS = 10, 5                # skip steps of 10 times the usual gradient; 5 in a row end
 EVAL_TOKENS = 2 ** 20                   # at most so many validation tokens, the same every time
 SAMPLE_TOKENS = 48                      # of text shown at each validation
+CPU_PASS, GPU_PASS = 2 ** 13, 2 ** 15   # at most so many tokens a forward pass
+FILLED = 0.85                           # of a GPU's memory, by the estimate of memory()
+H100_BYTES, H100_FLOPS = 80e9, 989e12   # what --plan reckons with; dense bf16
+SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")    # on the console
 
 
 @dataclass
@@ -76,8 +79,9 @@ class Config:
     grad_clip: float = 1.0                 # largest global gradient norm, above 0
     # running
     shard: Literal["none", "fsdp"] = "none"  # fsdp splits weights, gradients and moments over ranks
+    recompute: bool = False                # activations anew in the backward pass, to save memory
     eval_every: int = 250                  # optimizer steps between validations, at least 1
-    save_every: int = 250                  # optimizer steps between checkpoints, at least 1
+    save_every: int = 1000                 # optimizer steps between checkpoints, at least 1
     tensorboard: bool = False              # also write event files beside the log
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products
     compile: bool | None = None            # torch.compile; derived: on GPUs
@@ -107,6 +111,36 @@ def model_config(cfg, vocab_size, checkpoint=None):
         fail(e)
 
 
+def memory(cfg, config, rows, world_size, shard):
+    """Bytes that one GPU holds at the peak of a step with so many sequences a pass, in bf16 and
+    with the attention kernels of GPUs."""
+    C, L, q_size = config.n_embd, config.n_layer, config.n_head * config.head_size
+    kv_size, tokens = config.n_kv_head * config.head_size, rows * config.block_size
+    block = 2 * C * (q_size + kv_size) + 3 * C * config.n_hidden
+    rest = (1 if config.tie_embeddings else 2) * config.vocab_size * C
+    weights, moments = L * block + rest, 8 * (L * block + rest)
+    if cfg.optimizer == "muon":
+        moments = 4 * L * block + 8 * rest
+    kept = (8 * weights + moments) + 2 * weights    # float32 with gradients; a copy in bf16
+    if shard == "fsdp":    # of the others only what is at work, and gradients until their reduction
+        accumulates = cfg.total_batch_tokens > tokens * world_size
+        kept = (8 * weights + moments) / world_size + 2 * (block + rest) + 4 * weights * accumulates
+    # what autograd keeps of a block: around norms, rotation, attention and SwiGLU
+    of_block = 2 * (4.5 * C + 4 * q_size + 3 * kv_size + 4 * config.n_hidden)
+    of_blocks = L * 2 * C + of_block if cfg.recompute else L * of_block
+    return kept + tokens * (of_blocks + 4 * config.vocab_size)    # logits and their gradient
+
+
+def largest_pass(cfg, config, world_size, shard, most_tokens, most_bytes):
+    """Sequences a pass: as many as divide those of a rank and fit."""
+    rows, T = cfg.total_batch_tokens // (world_size * config.block_size), config.block_size
+    best = 1
+    for n in range(2, min(rows, most_tokens // T) + 1):
+        if rows % n == 0 and memory(cfg, config, n, world_size, shard) <= most_bytes:
+            best = n
+    return best
+
+
 def derive(cfg, config, n_params, train_tokens, env):
     """cfg with batch, learning rate and steps filled in where they are None."""
     T = config.block_size
@@ -119,16 +153,19 @@ def derive(cfg, config, n_params, train_tokens, env):
     if rest:
         fail(f"--total_batch_tokens {batch} is not a multiple of {env.world_size} ranks x "
              f"--block_size {T}")
-    limit = 2 ** 13 if env.device.type == "cpu" else 2 ** 15    # tokens a pass
-    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * T <= limit)]
-    device_batch_size = cfg.device_batch_size or max(fitting)
-    if rows % device_batch_size:
+    if rows % (cfg.device_batch_size or 1):
         fail(f"{rows} sequences a step and rank are not a multiple of --device_batch_size "
-             f"{device_batch_size}")
-    return dataclasses.replace(
+             f"{cfg.device_batch_size}")
+    cuda = env.device.type == "cuda"
+    cfg = dataclasses.replace(
         cfg, block_size=T, total_batch_tokens=batch, learning_rate=rate,
-        max_steps=cfg.max_steps or max(1, tokens // batch), device_batch_size=device_batch_size,
-        compile=env.device.type == "cuda" if cfg.compile is None else cfg.compile)
+        max_steps=cfg.max_steps or max(1, tokens // batch),
+        compile=cuda if cfg.compile is None else cfg.compile)
+    limits = CPU_PASS, math.inf
+    if cuda:
+        limits = GPU_PASS, FILLED * torch.cuda.get_device_properties(env.device).total_memory
+    largest = largest_pass(cfg, config, env.world_size, cfg.shard, *limits)
+    return dataclasses.replace(cfg, device_batch_size=cfg.device_batch_size or largest)
 
 
 def plan(cfg, config, n_params, flops, train_tokens):
@@ -144,16 +181,14 @@ def plan(cfg, config, n_params, flops, train_tokens):
            f"{cfg.device_batch_size} sequences a pass")
     if not cfg.plan:
         return
-    # Bytes a parameter: weight 4, gradient 4, its bf16 copy 2, moments 8 for AdamW or 4 for Muon.
-    moments = 4 if cfg.optimizer == "muon" else 8
-    # What autograd keeps: bf16, per token and layer about 17 C + 5 hidden; logits twice in float32.
-    per_token = config.n_layer * 2 * (17 * config.n_embd + 5 * config.n_hidden)
-    kept = cfg.device_batch_size * config.block_size * (per_token + 8 * config.vocab_size)
-    print0("\nGPUs   GB per GPU:  DDP    FSDP   hours at 40 % of an H100's 989 TFLOP/s")
+    print0("\n   H100s   DDP: GB each, tokens a pass   FSDP: the same           hours at 40 %")
     for n in (1, 8, 64):
-        ddp = (n_params * (10 + moments) + kept) / 1e9
-        fsdp = (n_params * (2 + (8 + moments) / n) + kept) / 1e9
-        print0(f"{n:4d} {ddp:17.1f} {fsdp:7.1f}   {tokens * flops / (0.4 * 989e12 * n) / 3600:.3g}")
+        line = f"{n:8d}"
+        for shard in ("none", "fsdp"):
+            rows = largest_pass(cfg, config, n, shard, GPU_PASS, FILLED * H100_BYTES)
+            gigabytes = memory(cfg, config, rows, n, shard) / 1e9
+            line += f"{gigabytes:15.1f} {rows * config.block_size:13,d}"
+        print0(f"{line} {tokens * flops / (0.4 * H100_FLOPS * n) / 3600:18.3g}")
 
 
 def spiking(loss, grad_norm, usual_norm, step):
@@ -197,7 +232,7 @@ def documents(ids, enc):
 
 @torch.no_grad()
 def validate(model, sources, cfg, env):
-    """(nats per token, bits per byte) over fixed windows of all validation text, over all ranks."""
+    """Nats per token and bits per byte over fixed windows of all validation text, on all ranks."""
     T, B, enc = cfg.block_size, cfg.device_batch_size, sources[0]["enc"]
     stride = T * math.ceil(sum(len(s["val"]) for s in sources) / EVAL_TOKENS)
     windows = [(s["val"], i) for s in sources for i in range(0, len(s["val"]) - 1, stride)]
@@ -215,12 +250,11 @@ def validate(model, sources, cfg, env):
         x, y = ids[:, :-1], ids[:, 1:]
         with env.autocast():
             logits = model(x, documents(x, enc) if cfg.doc_mask else None)
-        nats = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="none")
-        nats, text = nats.view(y.shape) * mask, mask * (sizes[y] > 0)
+        nats, text = token_nats(logits, y) * mask, mask * (sizes[y] > 0)
         parts = (nats, mask, nats * text, sizes[y] * text)
         sums += torch.stack([part.sum().cpu().double() for part in parts])
     nats, tokens, text_nats, n_bytes = sum_over_ranks(sums, env).tolist()
-    return nats / tokens, text_nats / math.log(2) / max(1, n_bytes)
+    return dict(val_loss=nats / tokens, val_bpb=text_nats / math.log(2) / max(1, n_bytes))
 
 
 def sample_text(model, sources, cfg, env):
@@ -293,12 +327,15 @@ def main(cfg):
         if env.world_size == 1:
             fail("--shard fsdp divides the model among processes and this is the only one: start "
                  "with torchrun --nproc_per_node=N, or leave it out")
-        from torch.distributed.fsdp import fully_shard    # slow to import
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard    # slow to import
+        policy = MixedPrecisionPolicy(env.dtype, torch.float32)    # gathers bf16, sums float32
         for module in (*model.blocks, model):
-            fully_shard(module)
+            fully_shard(module, mp_policy=policy, reshard_after_forward=True)
     else:
         model.to(env.device)
-    wrapped = compiled(model, env) if cfg.compile else model
+    model.recompute = cfg.recompute
+    torch.backends.cuda.enable_cudnn_sdp(True)    # all passes are of one shape
+    wrapped = compiled(model) if cfg.compile else model
     if cfg.shard == "none":
         wrapped = parallel(wrapped, env)
     optimizers = make_optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay,
@@ -310,11 +347,7 @@ def main(cfg):
     if len(state["taken"]) != len(sources):
         fail(f"--resume: {cfg.out} has read {len(state['taken'])} folders so far, now --data has "
              f"{len(sources)}; start a new run from it with --init")
-    log, peak = Log(given, state["step"]), peak_flops(env)
-
-    def save():
-        save_checkpoint(cfg.out, model, "pretrain", state["step"], enc, given, state=state,
-                        optimizers=[opt.state_dict() for opt in optimizers])
+    log, mfu = Log(cfg, state["step"], cfg.max_steps), flops / peak_flops(env)
 
     micro_steps = cfg.total_batch_tokens // (T * cfg.device_batch_size * env.world_size)
     started = time.perf_counter() - state["seconds"]
@@ -323,12 +356,11 @@ def main(cfg):
         last = step == cfg.max_steps
 
         if last or step and step % cfg.eval_every == 0:
-            nats, bpb = validate(wrapped, sources, cfg, env)
-            log(f"step {step:6d} | val {nats:.4f} nats/token, {bpb:.4f} bits/byte"
-                + sample_text(model, sources, cfg, env),
-                step=step, val_loss=nats, val_bpb=bpb, seconds=state["seconds"])
+            metrics = validate(wrapped, sources, cfg, env)
+            log(step, metrics, sample_text(model, sources, cfg, env), **metrics,
+                seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
-            save()
+            save_checkpoint(cfg.out, model, "pretrain", step, enc, given, state, optimizers)
         if last:
             break
 
@@ -345,13 +377,15 @@ def main(cfg):
             start = (micro * env.world_size + env.rank) * cfg.device_batch_size
             x, y = get_batch(sources, picks[start:start + cfg.device_batch_size], T, cfg.seed,
                              env.device)                                          # (B, T) each
-            if env.world_size > 1:    # exchange gradients once, after the last micro-step
-                wrapped.require_backward_grad_sync = micro == micro_steps - 1
+            last_pass = micro == micro_steps - 1
+            if cfg.shard == "fsdp":    # exchange gradients once, after the last pass
+                model.set_requires_gradient_sync(last_pass)
+            elif env.world_size > 1:
+                wrapped.require_backward_grad_sync = last_pass
             with env.autocast():
                 logits = wrapped(x, documents(x, enc) if cfg.doc_mask else None)  # (B, T, V)
-            nats = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum")
-            part = nats / cfg.total_batch_tokens    # of the mean over the tokens of all ranks
-            (part * env.world_size).backward()      # because ranks average gradients
+            part = token_nats(logits, y).sum() / cfg.total_batch_tokens
+            (part * env.world_size).backward()    # because ranks average gradients
             loss += part.detach()
         loss = sum_over_ranks(loss, env).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -372,18 +406,14 @@ def main(cfg):
 
         seconds = time.perf_counter() - started
         rate = cfg.total_batch_tokens / (time.perf_counter() - step_started)
-        line = (f"step {step:6d} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:6.3f} | "
-                f"{rate:9,.0f} tok/s | mfu {rate * flops / peak:5.1%} | "
-                f"eta {duration(seconds / (step + 1) * (cfg.max_steps - step - 1))}")
-        log(line if step % 10 == 0 or skip else "", step=step, loss=loss, lr=lr,
-            grad_norm=grad_norm, tokens_per_second=rate, mfu=rate * flops / peak, seconds=seconds,
-            skipped=state["skipped"])
+        log(step, SHOWN if step % 10 == 0 or skip else (), loss=loss, lr=lr, grad_norm=grad_norm,
+            tokens_per_second=rate, mfu=rate * mfu, seconds=seconds, skipped=state["skipped"])
 
     print0(f"done: {cfg.out}: {step:,} steps, {step * cfg.total_batch_tokens:,} tokens in "
            f"{duration(state['seconds'])}, {state['skipped']} steps skipped, "
            f"at most {peak_memory(env)}")
-    return dict(val_loss=nats, val_bpb=bpb)
+    return metrics
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run(main, Config)

@@ -28,8 +28,10 @@ import torch.nn.functional as F
 
 from model import (IM_END, PAD, Log, ScalarHead, add_lora, check_out, cosine_lr, duration, fail,
                    load_language_model, load_pairs, make_optimizers, nth_of_epochs, parallel,
-                   parse_args, peak_memory, print0, resume, save_checkpoint, score_all, score_texts,
-                   setup, split_by_prompt, sum_over_ranks, wilson)
+                   peak_memory, print0, resume, run, save_checkpoint, score_all, score_texts, setup,
+                   split_by_prompt, sum_over_ranks, wilson)
+
+SHOWN = ("loss", "accuracy", "margin", "score", "lr", "grad_norm")    # on the console
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Config:
     eval_every: int = 50                   # optimizer steps between validations, at least 1
     save_every: int = 50                   # optimizer steps between checkpoints, at least 1
     tensorboard: bool = False              # also write event files beside the log
+    recompute: bool = False                # activations anew in the backward pass, to save memory
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products
     seed: int = 1                          # of the head, data order and split, at least 0
 
@@ -179,6 +182,7 @@ def main(cfg):
     # model
     gpt, enc = load_language_model(cfg.init, "python sft.py", "cpu")
     torch.manual_seed(cfg.seed)
+    gpt.recompute = cfg.recompute
     model = ScalarHead(gpt).to(env.device)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank)
@@ -202,11 +206,7 @@ def main(cfg):
     n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init}")
     state = resume(cfg, "reward", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
-    log = Log(cfg, state["step"])
-
-    def save():
-        save_checkpoint(cfg.out, model, "reward", state["step"], enc, cfg, state=state,
-                        optimizers=[opt.state_dict() for opt in optimizers])
+    log = Log(cfg, state["step"], max_steps)
 
     started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], max_steps + 1):
@@ -215,11 +215,9 @@ def main(cfg):
 
         if last or step % cfg.eval_every == 0:
             metrics, _, _ = validate(model, held_out, pad_id, cfg, env)
-            log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
-                                                     for k, v in metrics.items()),
-                step=step, **metrics, seconds=state["seconds"])
+            log(step, metrics, **metrics, seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
-            save()
+            save_checkpoint(cfg.out, model, "reward", step, enc, cfg, state, optimizers)
         if last:
             break
 
@@ -258,19 +256,16 @@ def main(cfg):
             opt.zero_grad()
 
         seconds = time.perf_counter() - started
-        line = (f"step {step:6d} | loss {loss:.4f} | accuracy {accuracy:.3f} | margin "
-                f"{margin:6.3f} | lr {lr:.2e} | norm {grad_norm:6.3f} | "
-                f"eta {duration(seconds / (step + 1) * (max_steps - step - 1))}")
-        log(line if step % 10 == 0 else "", step=step, loss=loss, accuracy=accuracy, margin=margin,
+        log(step, SHOWN if step % 10 == 0 else (), loss=loss, accuracy=accuracy, margin=margin,
             score=mean, lr=lr, grad_norm=grad_norm, seconds=seconds)
 
     found = verdict(model, held_out, enc, cfg, env)
     print_verdict(found, len(held_out))
-    log("", step=step, **found, seconds=time.perf_counter() - started)
+    log(step, **found, seconds=time.perf_counter() - started)
     print0(f"done: {cfg.out}: {max_steps:,} steps in {duration(time.perf_counter() - started)}, "
            f"at most {peak_memory(env)}")
     return found
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run(main, Config)

@@ -11,7 +11,7 @@ Out:  out/rlhf.pt (one self-contained checkpoint) and out/rlhf.jsonl (one JSON l
 
 PPO    r_t = -kl_coef (ln pi_old - ln ref) + [last token] score
        A_t = sum over l of lambda^l d_(t+l),  d_t = r_t + V_(t+1) - V_t   (GAE, no discount)
-       L = mean over tokens of -min(q A, clip(q, 1 - e, 1 + e) A), and the value loss of the critic
+       L = reduction of -min(q A, clip(q, 1 - e, 1 + e) A), and the value loss of the critic
 GRPO   A = score - mean of its group, the same on every token; no critic; a group whose answers all
        score the same is counted and left out (--advantage std divides A by the group's std, which
        makes as much of small differences as of large ones);
@@ -31,7 +31,7 @@ itself scores --unfinished; old log-probs are recomputed by the forward of the u
 first ratio is 1; no top-k or top-p, so that the scored distribution is the sampled one.
 """
 import copy
-import importlib.util
+import importlib
 import math
 import sys
 import time
@@ -45,11 +45,12 @@ import torch.nn.functional as F
 
 from model import (IM_END, PAD, Log, ScalarHead, adapters_off, add_lora, check_out, collate,
                    complete, cosine_lr, duration, fail, load_judge, load_language_model,
-                   load_prompts, make_optimizers, nth_of_epochs, parallel, parse_args, peak_memory,
-                   print0, resume, save_checkpoint, score_all, setup, split_by_prompt,
-                   sum_over_ranks, token_logprobs)
+                   load_prompts, make_optimizers, nth_of_epochs, parallel, peak_memory, print0,
+                   resume, run, save_checkpoint, score_all, setup, split_by_prompt, sum_over_ranks,
+                   token_logprobs)
 
 VALUE_CLIP = 0.2    # largest move of a value per rollout, as PPO2 and Huang et al.
+SHOWN = ("reward", "gold", "kl", "entropy", "length", "stopped", "grad_norm")    # on the console
 
 
 @dataclass
@@ -77,7 +78,7 @@ class Config:
     clip_high: float = 0.2                 # and above 1 + this (DAPO: 0.28), at least 0
     gae_lambda: float = 0.95               # ppo: GAE, at least 0, at most 1
     advantage: Literal["mean", "std"] = "mean"  # grpo: score minus the mean, or that over the std
-    reduction: Literal["grpo", "dapo", "dr_grpo"] = "dapo"  # grpo: over tokens and answers
+    reduction: Literal["grpo", "dapo", "dr_grpo"] = "dapo"  # see token_weights
     # optimization
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights; at least 0
     epochs: int = 2                        # passes over each rollout, at least 1
@@ -90,6 +91,7 @@ class Config:
     eval_every: int = 5                    # rollouts between validations, at least 1
     save_every: int = 20                   # rollouts between checkpoints, at least 1
     tensorboard: bool = False              # also write event files beside the log
+    recompute: bool = False                # activations anew in the backward pass, to save memory
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products
     seed: int = 1                          # of prompt order and sampling, at least 0
 
@@ -198,14 +200,16 @@ def load_function(flag, spec):
     files = [file for file in (Path(path), Path(__file__).parent / path) if file.is_file()]
     if not files:
         fail(f"--{flag} {spec}: {path or spec} does not exist")
-    module_spec = importlib.util.spec_from_file_location(f"{flag}_of_{files[0].stem}", files[0])
-    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
+    file = files[0].resolve()
+    sys.path.insert(0, str(file.parent))    # it may import what lies beside it
     try:
-        module_spec.loader.exec_module(module)
+        module = importlib.import_module(file.stem)
     except Exception as e:    # the user's own code
-        fail(f"--{flag} {spec}: importing {files[0]} raised {type(e).__name__}: {e}")
+        fail(f"--{flag} {spec}: importing {file} raised {type(e).__name__}: {e}")
+    if getattr(module, "__file__", "") != str(file):
+        fail(f"--{flag} {spec}: Python has another module {file.stem}; rename the file")
     if not callable(getattr(module, name, None)):
-        fail(f"--{flag} {spec}: there is no function {name} in {files[0]}")
+        fail(f"--{flag} {spec}: there is no function {name} in {file}")
 
     def call(prompts, answers):
         messages, rows = [p["messages"] for p in prompts], [p["row"] for p in prompts]
@@ -264,11 +268,16 @@ def take(batch, rows):
 
 
 def answer_logprobs(model, part, temperature, env):
-    """(log-probs (B, T) of the answers' tokens, logits), at the sampling temperature."""
+    """(log-probs (B, T) of the answers' tokens at the sampling temperature, logits (B, T, V))"""
     with env.autocast():
-        logits = model(part["ids"])                                                 # (B, T, V)
-    logits = logits.float() / temperature
-    return token_logprobs(logits, part["ids"]) * part["mask"], logits
+        logits = model(part["ids"])
+    return token_logprobs(logits, part["ids"], temperature) * part["mask"], logits
+
+
+def entropy(logits, temperature):
+    """Of each next token (B, T), float32 nats; row by row, for all logits are large."""
+    logps = ((row.float() / temperature).log_softmax(-1) for row in logits)
+    return torch.stack([-(logp.exp() * logp).sum(-1) for logp in logps])
 
 
 def answer_values(critic, part, env):
@@ -278,18 +287,30 @@ def answer_values(critic, part, env):
     return F.pad(scores[:, :-1], (1, 0)) * part["mask"]
 
 
+def updated_once(cfg):
+    """Is the policy of each forward in the update still that of the rollout?"""
+    return cfg.algo == "grpo" and cfg.epochs * cfg.minibatches == 1
+
+
+@torch.no_grad()
+def remember(batch, rows, logprobs, logits, cfg):
+    """Write down what the policy of the rollout says: old_logprobs and entropy (B, T)."""
+    width = logprobs.shape[1]
+    batch["old_logprobs"][rows, :width] = logprobs
+    ahead = F.pad(entropy(logits, cfg.temperature)[:, :-1], (1, 0))    # before each token
+    batch["entropy"][rows, :width] = ahead * batch["mask"][rows, :width]
+
+
 @torch.no_grad()
 def score_rollout(policy, reference, critic, batch, cfg, env):
-    """Add old_logprobs, ref_logprobs, entropy and old_values (B, T) to the rollout."""
+    """Add old_logprobs, entropy (see updated_once), ref_logprobs and old_values (B, T)."""
     for name in ("old_logprobs", "ref_logprobs", "entropy", "old_values"):
         batch[name] = torch.zeros_like(batch["mask"])
     for rows in batch["lengths"].argsort().split(cfg.device_batch_size):
         part = take(batch, rows)
         width = part["ids"].shape[1]
-        batch["old_logprobs"][rows, :width], logits = answer_logprobs(policy, part,
-                                                                      cfg.temperature, env)
-        p = logits[:, :-1].log_softmax(-1)
-        batch["entropy"][rows, 1:width] = -(p.exp() * p).sum(-1) * part["mask"][:, 1:]
+        if not updated_once(cfg):
+            remember(batch, rows, *answer_logprobs(policy, part, cfg.temperature, env), cfg)
         with adapters_off(reference):
             batch["ref_logprobs"][rows, :width], _ = answer_logprobs(reference, part,
                                                                      cfg.temperature, env)
@@ -343,37 +364,34 @@ def backward(policy, critic, batch, rows, cfg, env):
         [counted.sum(), counted.any(1).sum()]).cpu(), env).clamp(min=1).tolist()
     sums = torch.zeros(len(NAMES), dtype=torch.float64)
     for part in rows.split(cfg.device_batch_size):
-        if env.world_size > 1:    # exchange gradients once, after the last part
-            last = part[-1] == rows[-1]
-            for module in filter(None, (policy, critic)):
-                module.require_backward_grad_sync = bool(last)
+        for module in (policy, critic) if env.world_size > 1 else ():
+            if module:    # exchange gradients once, after the last part
+                module.require_backward_grad_sync = bool(part[-1] == rows[-1])
         b = take(batch, part)
-        logprobs, _ = answer_logprobs(policy, b, cfg.temperature, env)
+        share = b["counted"] / n_tokens
+        weights = token_weights(b["counted"], cfg.reduction, n_rows, n_tokens, cfg.max_new_tokens)
+        logprobs, logits = answer_logprobs(policy, b, cfg.temperature, env)
+        if updated_once(cfg):
+            remember(batch, part, logprobs, logits, cfg)
+            b = take(batch, part)
         surrogate = policy_loss(logprobs, b["old_logprobs"], b["advantages"], cfg.clip_low,
                                 cfg.clip_high)
-        # the loss: the second of two places where the algorithms differ
-        share = b["counted"] / n_tokens
-        weights, penalty = share, torch.zeros_like(surrogate)
-        if cfg.algo == "grpo":
-            weights = token_weights(b["counted"], cfg.reduction, n_rows, n_tokens,
-                                    cfg.max_new_tokens)
+        # the losses: the second of two places where the algorithms differ
+        penalty, errors = torch.zeros_like(surrogate), torch.zeros_like(surrogate)
+        if cfg.algo == "grpo":    # of ppo it is in the rewards
             penalty = cfg.kl_coef * k3(logprobs, b["ref_logprobs"])
-        loss = (weights * (surrogate + penalty)).sum()
-        (loss * env.world_size).backward()    # because ranks average gradients
-        critic_loss = torch.zeros((), device=env.device)
-        if critic:
+        else:
             values = answer_values(critic, b, env)
-            losses = value_loss(values, b["old_values"], b["returns"], VALUE_CLIP)
-            critic_loss = (share * losses).sum()
-            (critic_loss * env.world_size).backward()
+            errors = value_loss(values, b["old_values"], b["returns"], VALUE_CLIP)
+        losses = torch.stack([(weights * surrogate).sum(), (weights * penalty).sum(),
+                              (share * errors).sum()])
+        (losses.sum() * env.world_size).backward()    # because ranks average gradients
         with torch.no_grad():
             move = logprobs - b["old_logprobs"]
             ratio = move.exp()
             outside = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            sums += torch.stack([
-                (weights * surrogate).sum(), (weights * penalty).sum(), critic_loss,
-                (share * 0.5 * move.square()).sum(), (share * outside).sum(),
-                (share * ratio).sum()]).double().cpu()
+            watched = torch.stack([0.5 * move.square(), outside, ratio])            # (3, B, T)
+            sums += torch.cat([losses, (share * watched).sum((1, 2))]).double().cpu()
     return dict(zip(NAMES, sum_over_ranks(sums, env).tolist()))
 
 
@@ -401,10 +419,12 @@ def main(cfg):
               load_judge(cfg.reward, enc, T, env))
     gold = None if cfg.gold == "none" else load_function("gold", cfg.gold)
     judges = reward, gold
-    if cfg.algo == "ppo" and isinstance(reward, ScalarHead):
-        critic_model = copy.deepcopy(reward).requires_grad_(True)
-    elif cfg.algo == "ppo":
-        critic_model = ScalarHead(fresh()).to(env.device)
+    if cfg.algo == "ppo":
+        copied = isinstance(reward, ScalarHead)
+        critic_model = copy.deepcopy(reward) if copied else ScalarHead(fresh()).to(env.device)
+        critic_model.requires_grad_(True)
+        critic_model.gpt.recompute = cfg.recompute
+    model.recompute = cfg.recompute
     if cfg.lora_rank:    # the reference is the policy without its adapters
         for module in filter(None, (model, critic_model)):
             add_lora(module, cfg.lora_rank)
@@ -431,13 +451,7 @@ def main(cfg):
     state = resume(cfg, "rlhf", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
     if critic_weights := state.pop("critic", None):
         critic_model.load_state_dict(critic_weights)
-    log = Log(cfg, state["step"])
-
-    def save():
-        weights = critic_model.state_dict() if critic else {}
-        save_checkpoint(cfg.out, model, "rlhf", state["step"], enc, cfg,
-                        state=dict(state, critic=weights),
-                        optimizers=[opt.state_dict() for opt in optimizers])
+    log = Log(cfg, state["step"], max_steps)
 
     started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], max_steps + 1):
@@ -446,11 +460,10 @@ def main(cfg):
 
         if last or step % cfg.eval_every == 0:
             metrics, shown = validate(model, held_out, judges, enc, cfg, env)
-            log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
-                                                     for k, v in metrics.items()) + shown,
-                step=step, **metrics, seconds=state["seconds"])
+            log(step, metrics, shown, **metrics, seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
-            save()
+            state["critic"] = critic_model.state_dict() if critic else {}
+            save_checkpoint(cfg.out, model, "rlhf", step, enc, cfg, state, optimizers)
         if last:
             break
 
@@ -468,12 +481,12 @@ def main(cfg):
         batch = rollout(model, chosen, seeds, judges, enc, cfg, env, cfg.temperature)
         score_rollout(policy, reference, critic, batch, cfg, env)
         mask, scores = batch["mask"], batch["scores"]
-        kl = batch["old_logprobs"] - batch["ref_logprobs"]                          # k1, (B, T)
 
         # advantages: the first of two places where the algorithms differ
         row, batch["counted"] = {}, mask    # counted: the tokens that the update learns from
         if cfg.algo == "ppo":
             final = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))    # the last token
+            kl = batch["old_logprobs"] - batch["ref_logprobs"]                      # k1, (B, T)
             rewards = (-cfg.kl_coef * kl + final * scores[:, None]) * mask
             advantages, batch["returns"] = gae(rewards, batch["old_values"], mask, cfg.gae_lambda)
             row["explained_variance"] = explained_variance(batch["old_values"], batch["returns"],
@@ -506,17 +519,14 @@ def main(cfg):
                 break
 
         row.update({name: total / n_updates for name, total in sums.items()})
+        kl = batch["old_logprobs"] - batch["ref_logprobs"]
         row.update(means(dict(
             reward=scores, gold=batch["gold"], kl=(kl * mask).sum(1),
             k3=k3(batch["old_logprobs"], batch["ref_logprobs"])[mask > 0],
             entropy=batch["entropy"][mask > 0], length=mask.sum(1), stopped=batch["stopped"]), env))
         row["reward_std"] = moments(scores, torch.ones_like(scores), env)[1] ** 0.5
         seconds = time.perf_counter() - started
-        line = (f"step {step:6d} | reward {row['reward']:7.3f} | gold {row['gold']:5.3f} | "
-                f"kl {row['kl']:6.3f} | entropy {row['entropy']:5.3f} | length "
-                f"{row['length']:5.1f} | stopped {row['stopped']:5.1%} | norm {norms[0]:5.2f} | "
-                f"eta {duration(seconds / (step + 1) * (max_steps - step - 1))}")
-        log(line if step % 5 == 0 else "", step=step, **row, stopped_early=stopped_early,
+        log(step, SHOWN if step % 5 == 0 else (), **row, stopped_early=stopped_early,
             grad_norm=norms[0], lr=optimizers[0].param_groups[0]["lr"], seconds=seconds)
 
     print0(f"done: {cfg.out}: {max_steps:,} rollouts in {duration(state['seconds'])}, "
@@ -525,4 +535,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run(main, Config)

@@ -33,12 +33,13 @@ import torch
 
 from model import (IM_END, PAD, Log, add_lora, check_out, collate, compiled, complete, cosine_lr,
                    duration, encoding_hash, fail, keep_valid, load_language_model, make_optimizers,
-                   nth_of_epochs, open_tokens, parallel, parse_args, peak_flops, peak_memory,
-                   print0, read_rows, render_chat, resume, save_checkpoint, setup, sum_over_ranks,
-                   to_messages, token_bytes, token_logprobs, window)
+                   nth_of_epochs, open_tokens, parallel, peak_flops, peak_memory, print0, read_rows,
+                   render_chat, resume, run, save_checkpoint, setup, sum_over_ranks, to_messages,
+                   token_bytes, token_logprobs, window)
 
 SAMPLE_TOKENS = 64      # longest answer to a held-out prompt
 REPLAY_WINDOWS = 512    # of validation text, at most, for the bits per byte
+SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")    # on the console
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Config:
     eval_every: int = 100                  # optimizer steps between validations, at least 1
     save_every: int = 100                  # optimizer steps between checkpoints, at least 1
     tensorboard: bool = False              # also write event files beside the log
+    recompute: bool = False                # activations anew in the backward pass, to save memory
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of matrix products
     compile: bool = False                  # torch.compile
     seed: int = 1                          # of data order, at least 0
@@ -195,6 +197,7 @@ def main(cfg):
     model, enc = load_language_model(cfg.init, "python pretrain.py", env.device)
     if cfg.lora_rank:
         add_lora(model, cfg.lora_rank)
+    model.recompute = cfg.recompute
     T, pad_id = min(cfg.block_size, model.config.block_size), enc._special_tokens[PAD]
 
     # data
@@ -224,16 +227,12 @@ def main(cfg):
            f"{learned:,} of {sum(lengths):,} tokens learned, {n_val} held out")
     print0(f"run: {max_steps} steps x {batch_size} rows + {n_replay} of replay")
 
-    wrapped = parallel(compiled(model, env) if cfg.compile else model, env)
+    wrapped = parallel(compiled(model) if cfg.compile else model, env)
     optimizers = make_optimizers(model, "adamw", learning_rate)
     n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print0(f"model: {n_params:,} parameters trained, {cfg.init}")
     state = resume(cfg, "sft", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
-    log, flops, peak = Log(cfg, state["step"]), model.flops_per_token(), peak_flops(env)
-
-    def save():
-        save_checkpoint(cfg.out, model, "sft", state["step"], enc, cfg, state=state,
-                        optimizers=[opt.state_dict() for opt in optimizers])
+    log, mfu = Log(cfg, state["step"], max_steps), model.flops_per_token() / peak_flops(env)
 
     started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], max_steps + 1):
@@ -244,11 +243,9 @@ def main(cfg):
             metrics = validate(model, held_out, replayed, cfg, env, enc)
             said, shown = answers(model, held_out, cfg, env, enc) if env.is_master else ({}, "")
             metrics.update(said)
-            log(f"step {step:6d} | val " + ", ".join(f"{k.removeprefix('val_')} {v:.4f}"
-                                                     for k, v in metrics.items()) + shown,
-                step=step, **metrics, seconds=state["seconds"])
+            log(step, metrics, shown, **metrics, seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
-            save()
+            save_checkpoint(cfg.out, model, "sft", step, enc, cfg, state, optimizers)
         if last:
             break
 
@@ -289,12 +286,8 @@ def main(cfg):
 
         seconds = time.perf_counter() - started
         rate = n_tokens / (time.perf_counter() - step_started)
-        line = (f"step {step:6d} | loss {loss:.4f} | lr {lr:.2e} | norm {grad_norm:6.3f} | "
-                f"{rate:9,.0f} tok/s | mfu {rate * flops / peak:5.1%} | "
-                f"eta {duration(seconds / (step + 1) * (max_steps - step - 1))}")
-        log(line if step % 10 == 0 else "", step=step, loss=loss, lr=lr, grad_norm=grad_norm,
-            tokens_per_second=rate, mfu=rate * flops / peak, learned_tokens=n_learned,
-            seconds=seconds)
+        log(step, SHOWN if step % 10 == 0 else (), loss=loss, lr=lr, grad_norm=grad_norm,
+            tokens_per_second=rate, mfu=rate * mfu, learned_tokens=n_learned, seconds=seconds)
 
     print0(f"done: {cfg.out}: {max_steps:,} steps in {duration(state['seconds'])}, "
            f"at most {peak_memory(env)}")
@@ -302,4 +295,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run(main, Config)

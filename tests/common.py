@@ -3,7 +3,7 @@ import json
 import multiprocessing
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch.distributed as dist
 import model as m
 from model import GPT, Env, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
 
-CPU = Env(0, 0, 1, torch.device("cpu"), None, True)
+CPU = Env(0, 1, torch.device("cpu"), None, True)
 SIZES = dict(block_size=96, vocab_size=260, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
 
 
@@ -27,8 +27,6 @@ def byte_encoding(shift=0):
 ENC = byte_encoding()
 END, PAD = ENC._special_tokens[m.IM_END], ENC._special_tokens[m.PAD]
 
-# Models
-
 
 def tiny(seed=0, **changes):
     """A small model whose every matrix matters: fresh output projections would be 0."""
@@ -40,23 +38,28 @@ def tiny(seed=0, **changes):
     return model
 
 
-def adjust(model, tokens, logit):
-    """Give all tokens but these a lower logit in any context: channel 0 becomes a constant."""
-    with torch.no_grad():
-        model.embed.weight[:, 0] = 8.0    # large against what the blocks add
-        model.head.weight[:, 0] = logit
-        model.head.weight[tokens, 0] = 0
-    return model
-
-
 def judge(seed=1, **changes):
     torch.manual_seed(seed)
     return ScalarHead(tiny(seed, **changes))
 
 
-@dataclass
-class Settings:
-    seed: int = 1
+class Rule(torch.nn.Module):
+    """Scores a text by a function of (answer, has it ended?), in the form of a reward model."""
+
+    def __init__(self, rule):
+        super().__init__()
+        self.rule, self.config = rule, tiny().config
+
+    def forward(self, ids):
+        scores = torch.zeros(ids.shape)
+        for b, row in enumerate(ids.tolist()):
+            for t in range(len(row)):
+                text = ENC.decode(row[:t + 1]).rsplit("assistant\n", 1)[-1]
+                scores[b, t] = self.rule(text.removesuffix("<|im_end|>"), row[t] == END)
+        return scores
+
+
+Settings = make_dataclass("Settings", [("seed", int, 1)])
 
 
 def save(path, model, enc=ENC):
@@ -77,9 +80,6 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-# Data
-
-
 def write(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -87,25 +87,6 @@ def write(path, rows):
 
 def turn(role, content):
     return dict(role=role, content=content)
-
-
-def questions(n):
-    """(question, right answer, wrong answer) n times; the questions differ."""
-    return [(f"{i}: {i % 7}+{i % 5}?", f"{i % 7 + i % 5}.", "?" * (1 + i % 3) + "no")
-            for i in range(n)]
-
-
-def demonstrations(path, n=40):
-    """Conversations of one turn and, every third, of two."""
-    rows = []
-    for i, (q, a, _) in enumerate(questions(n)):
-        more = [turn("user", "Sure?"), turn("assistant", "Yes.")] if i % 3 == 0 else []
-        rows.append(dict(messages=[turn("user", q), turn("assistant", a), *more]))
-    return write(path, rows)
-
-
-def preferences(path, n=40):
-    return write(path, [dict(prompt=q, chosen=a, rejected=b) for q, a, b in questions(n)])
 
 
 def token_folder(folder, text, enc=ENC, n_val=500):
@@ -126,14 +107,26 @@ def token_folder(folder, text, enc=ENC, n_val=500):
 
 def make_files(folder):
     """What short runs read, by name. The policy says a, b, c or nothing more, the rest is rare."""
+    policy = tiny()
+    with torch.no_grad():
+        policy.embed.weight[:, 0] = 8.0    # a constant, large against what the blocks add
+        policy.head.weight[:, 0] = -2.0
+        policy.head.weight[[END, *b"abc"], 0] = 0
     words = "one two three four five six seven eight nine ten".split()
     lines = [" ".join(words[i % 10:] + words[:i % 10]) + "." for i in range(240)]
-    prompts = [dict(prompt=q, answer=a) for q, a, _ in questions(24)]
+    talks, pairs, prompts = [], [], []
+    for i in range(40):
+        question, right, wrong = f"{i}: {i % 7}+{i % 5}?", f"{i % 7 + i % 5}.", "?" * (1 + i % 3)
+        talk = [turn("user", question), turn("assistant", right)]
+        more = [turn("user", "Sure?"), turn("assistant", "Yes.")]
+        talks.append(dict(messages=talk if i % 3 else talk + more))
+        pairs.append(dict(prompt=question, chosen=right, rejected=wrong + "no"))
+        prompts.append(dict(prompt=question, answer=right))
     return dict(
         base=save(folder / "base.pt", tiny()), judge=save(folder / "judge.pt", judge()),
-        policy=save(folder / "policy.pt", adjust(tiny(), [END, *b"abc"], -2.0)),
-        talks=demonstrations(folder / "talks.jsonl"), pairs=preferences(folder / "pairs.jsonl"),
-        prompts=write(folder / "prompts.jsonl", prompts),
+        policy=save(folder / "policy.pt", policy), talks=write(folder / "talks.jsonl", talks),
+        pairs=write(folder / "pairs.jsonl", pairs),
+        prompts=write(folder / "prompts.jsonl", prompts[:24]),
         tokens=token_folder(folder / "tokens", "\n".join(lines)))    # 12 kB, learnable
 
 
@@ -154,12 +147,9 @@ def config(stage, files, out, **changes):
     return stage.Config(**{**few, **own[stage.__name__], **changes})
 
 
-# Runs
-
-
 def log_of(path, key="step"):
-    """Rows of the log beside a checkpoint that have this key; a line cut by a kill is none."""
-    lines = Path(path).with_suffix(".jsonl").read_text().split("\n")[:-1]
+    """Rows of the log beside a checkpoint that have this key."""
+    lines = Path(path).with_suffix(".jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if key in row]
 
 
@@ -183,8 +173,8 @@ def recorded(main, cfg):
         parameters = [p for p in parameters if p.requires_grad]
         grads.append([whole(p.grad).clone() for p in parameters])
         last[id(parameters[0])] = parameters
+        assert args == (cfg.grad_clip,)
         return clip(parameters, *args)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", record)
         main(cfg)
@@ -201,21 +191,18 @@ def interrupted(main, steps):
             if len(done) > steps:
                 raise KeyboardInterrupt
             return step(*args)
-
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(torch.optim.AdamW, "step", stepped)
             main(cfg)
     return run
 
 
-def start(main, cfg, rank=0, world_size=1, port=0, save_to=None):
-    """main(cfg) in a child of this process, which has imported everything already."""
+def start(main, cfg, rank, world_size, port, save_to=os.devnull):
+    """main(cfg) as one of torchrun's processes: a child of this one, which has imported all."""
     def child():
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        result = recorded(main, cfg)
-        if save_to:
-            torch.save(result, save_to)
+        torch.save(recorded(main, cfg), save_to)
         if dist.is_initialized():
             dist.destroy_process_group()
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -224,7 +211,7 @@ def start(main, cfg, rank=0, world_size=1, port=0, save_to=None):
 
 
 def on_two_ranks(main, cfg, folder):
-    """Run a stage as torchrun would in two processes: what `recorded` gives of each rank."""
+    """Run a stage in two processes: what `recorded` gives of each rank."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

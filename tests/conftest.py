@@ -20,7 +20,7 @@ def files(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp("files"))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Runs measure no peak of the processor and sample little: that would take longest."""
     import pretrain
@@ -28,3 +28,10 @@ def quick(monkeypatch):
     for stage in (pretrain, sft):
         monkeypatch.setattr(stage, "peak_flops", lambda env: 1e12)
         monkeypatch.setattr(stage, "SAMPLE_TOKENS", 8)
+
+
+@pytest.fixture
+def short(files, tmp_path):
+    """Settings of a short run: short(stage, name of the file that it writes, **changes)."""
+    from common import config
+    return lambda stage, out="a", **changes: config(stage, files, tmp_path / f"{out}.pt", **changes)

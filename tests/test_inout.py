@@ -1,16 +1,13 @@
-"""Tests of public models in and out: folders of transformers.
-
-Run: python -m pytest tests/test_inout.py -q (CPU, no network, seconds; needs transformers).
-"""
+"""Tests of public models in and out. Run: python -m pytest tests/test_inout.py -q (no network)."""
 import json
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from common import error
+from common import error, turn
 
 import model as m
 from model import GPT, GPTConfig
@@ -39,8 +36,8 @@ def small_encoding():
     return m.make_encoding("small", m.GPT4_SPLIT, ranks)
 
 
-def char_encoding(text):
-    letters = sorted(set(text))
+def char_encoding():
+    letters = sorted(set("".join(TEXTS)))
     return m.make_encoding("chars", r"[\s\S]", {c.encode(): i for i, c in enumerate(letters)})
 
 
@@ -64,61 +61,46 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.fixture(scope="module")
-def public(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("public")
-    m.export_model(saved(folder), folder / "out")
-    return folder / "out"
-
-
 @pytest.fixture
-def folder(public, tmp_path):
+def folder(tmp_path):
     """A small model's folder, for a test to damage."""
-    for file in public.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-# ours
+    m.export_model(saved(tmp_path), tmp_path / "public")
+    return tmp_path / "public"
 
 
 @pytest.mark.parametrize("enc, dtype, changes", [
     (small_encoding(), "float32", dict(rope_base=5e5, rope_scaling=LLAMA3)),
     (small_encoding(), "bfloat16", dict(qkv_bias=True)),
     (small_encoding(), "float16", dict(qk_norm=True, head_size=16, tie_embeddings=True)),
-    (char_encoding("abc \n\u00e9\u65e5"), "float32", {})], ids=["llama", "qwen2", "qwen3", "chars"])
+    (char_encoding(), "float32", {})], ids=["llama", "qwen2", "qwen3", "chars"])
 def test_export_then_import_changes_no_bit(tmp_path, enc, dtype, changes):
-    """A model exported and read again has the same sizes, weights and ids of any text."""
+    """A model exported and read again has the same sizes, weights and ids of any text.
+
+    Transformers give any text the ids, and ids the text, that they have here.
+    """
     path = saved(tmp_path, enc, **changes)
     m.export_model(path, tmp_path / "out", dtype)
     there, back = m.load_checkpoint(path, ""), m.load_checkpoint(tmp_path / "out", "")
     assert back["model_config"] == there["model_config"]
-    again = m.encoding_from_dict(back["encoding"])
-    assert again._special_tokens.items() >= enc._special_tokens.items()
-    assert torch.equal(m.token_bytes(again), m.token_bytes(enc))
-    for text in ["abc \n\u00e9\u65e5"] if enc.name == "chars" else TEXTS:
-        assert again.encode_ordinary(text) == enc.encode_ordinary(text)
     assert back["weights"].keys() == there["weights"].keys()
     for name, t in there["weights"].items():
         assert torch.equal(t.to(getattr(torch, dtype)), back["weights"][name])
-
-
-@pytest.mark.parametrize("enc", [small_encoding(), char_encoding("".join(TEXTS))],
-                         ids=["bpe", "chars"])
-def test_transformers_read_the_tokenizers_made_here(tmp_path, enc):
-    """Exported tokenizers give transformers the ids and texts that they give here."""
-    m.export_model(saved(tmp_path, enc), tmp_path / "out")
+    again = m.encoding_from_dict(back["encoding"])
+    assert again._special_tokens.items() >= enc._special_tokens.items()
+    assert torch.equal(m.token_bytes(again), m.token_bytes(enc))
+    draw, letters = random.Random(0), "".join(TEXTS)
+    texts = [*TEXTS, *("".join(draw.choices(letters, k=40)) for _ in range(100))]
+    assert [*map(again.encode_ordinary, texts)] == [*map(enc.encode_ordinary, texts)]
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    draw, letters = random.Random(0), "".join(TEXTS) + "the ing ring"
-    for text in [*TEXTS, *("".join(draw.choices(letters, k=40)) for _ in range(200))]:
+    if "qkv_bias" in changes:    # to a qwen2 it gives the tokenizer that Qwen2 has
+        return
+    for text in texts:
         ids = enc.encode_ordinary(text)
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
         assert theirs.decode(ids) == enc.decode(ids)
 
 
-@dataclass
-class ForkConfig(GPTConfig):
-    window: int = 0                   # how far back a token sees, 0: all
+ForkConfig = make_dataclass("ForkConfig", [("window", int, 0)], bases=(GPTConfig,))
 
 
 class TwoHeads(GPT):
@@ -140,14 +122,6 @@ def test_export_names_what_a_fork_added(tmp_path, monkeypatch, name, fork, names
     monkeypatch.setattr(m, name, fork)
     assert names in error(m.export_model, saved(tmp_path), tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
-
-
-def test_a_setting_that_only_a_fork_has_is_named(tmp_path, monkeypatch):
-    """A checkpoint of a fork would end in a traceback."""
-    with monkeypatch.context() as fork:
-        fork.setattr(m, "GPTConfig", ForkConfig)
-        path = saved(tmp_path)
-    assert "window" in error(m.load_model, m.load_checkpoint(path, ""), "cpu")
 
 
 def test_export_refuses_what_it_cannot_say(tmp_path):
@@ -178,9 +152,6 @@ def test_files_and_names_on_the_hub_are_told_apart(folder, monkeypatch):
     assert "pip install transformers" in error(m.load_checkpoint, folder, "")
 
 
-# theirs
-
-
 @pytest.mark.parametrize("changes, names", [
     (dict(model_type="gpt2"), "gpt2"), (dict(hidden_act="gelu"), "gelu"),
     (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0)), "yarn"),
@@ -194,15 +165,15 @@ def test_what_is_not_supported_is_named(folder, changes, names):
     assert names in error(lambda: m.load_model(m.load_checkpoint(folder, ""), "cpu"))
 
 
-def test_a_sliding_window_shortens_the_context(folder, capsys):
+@pytest.mark.parametrize("changes, context", [
+    (dict(model_type="mistral", sliding_window=64), 64),
+    (dict(model_type="mistral", sliding_window=None), 128),
+    (dict(model_type="qwen2", use_sliding_window=False, sliding_window=64), 128)])
+def test_a_sliding_window_shortens_the_context(folder, capsys, changes, context):
     """Long texts would be read with an attention that the model was not trained for."""
-    for changes, context in (
-            (dict(model_type="mistral", sliding_window=64), 64),
-            (dict(model_type="mistral", sliding_window=None), 128),
-            (dict(model_type="qwen2", use_sliding_window=False, sliding_window=64), 128)):
-        edit(folder / "config.json", **changes)
-        assert m.load_checkpoint(folder, "")["model_config"]["block_size"] == context
-    assert capsys.readouterr().out.count("context 64") == 1
+    edit(folder / "config.json", **changes)
+    assert m.load_checkpoint(folder, "")["model_config"]["block_size"] == context
+    assert ("context 64" in capsys.readouterr().out) == (context == 64)
 
 
 def test_damaged_folders_are_named(folder):
@@ -221,28 +192,22 @@ def test_damaged_folders_are_named(folder):
         assert name in error(m.load_checkpoint, folder, "")
 
 
-def trained(kind):
-    """A tokenizer of the kind that the named family has, trained by the tokenizers package."""
-    t = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=kind == "llama"))
+def trained(family):
+    """A tokenizer of the kind that the family has, trained by the tokenizers package."""
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=family == "llama"))
     special = dict(llama=["<|begin_of_text|>", "<|end_of_text|>"], mistral=["<s>", "</s>"])
-    special, letters = special.get(kind, [m.ENDOFTEXT, m.IM_START, m.IM_END]), bytes_to_unicode()
-    split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    if kind == "mistral":
-        steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    elif kind == "smollm2":    # and not all bytes are in the vocabulary
-        letters = {b: letter for b, letter in letters.items() if b < 0xF1}
-        steps = [pre_tokenizers.Digits(individual_digits=True),
-                 pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    elif kind == "llama":
-        split = split.replace(r"\p{N}|", r"\p{N}{1,3}|")
-    if kind in ("llama", "qwen2", "qwen3"):
-        steps.insert(0, pre_tokenizers.Split(tokenizers.Regex(split), "isolated"))
-    t.pre_tokenizer = steps[0] if kind == "mistral" else pre_tokenizers.Sequence(steps)
-    if kind.startswith("qwen"):
-        t.normalizer = tokenizers.normalizers.NFC()
+    special, letters = special.get(family, [m.ENDOFTEXT, m.IM_START, m.IM_END]), bytes_to_unicode()
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = tokenizers.decoders.ByteLevel()
+    if family.startswith("qwen"):
+        split = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+        t.normalizer = tokenizers.normalizers.NFC()
+        t.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(tokenizers.Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if family == "smollm2":    # not all bytes are in its vocabulary
+        letters = {b: letter for b, letter in letters.items() if b < 0xF1}
     text = [*TEXTS, (Path(m.__file__).parent / "README.md").read_text("utf-8")]
     t.train_from_iterator(text, tokenizers.trainers.BpeTrainer(
         vocab_size=600, special_tokens=special, initial_alphabet=[*letters.values()],
@@ -281,10 +246,8 @@ def test_transformers_models_come_in_and_go_out(tmp_path, family):
     here, there = ours.eval()(ids), theirs(ids).logits    # their two spare rows have no token
     torch.testing.assert_close(here[..., :600], there[..., :600], atol=1e-4, rtol=1e-4)
     for rows in (ours.embed.weight, ours.head.weight):    # new tokens start as the mean
-        assert len(rows) == enc.n_vocab > 600
         mean = rows[:600].mean(0).expand(enc.n_vocab - 600, -1)
         torch.testing.assert_close(rows[600:], mean, atol=1e-6, rtol=1e-5)
-
     m.save_checkpoint(tmp_path / "ours.pt", ours, "sft", 1, enc, ours.config)
     m.export_model(tmp_path / "ours.pt", tmp_path / "out")
     again = m.encoding_from_dict(m.load_checkpoint(tmp_path / "out", "")["encoding"])
@@ -296,34 +259,29 @@ def test_transformers_models_come_in_and_go_out(tmp_path, family):
     end, eot, pad = (enc._special_tokens[t] for t in (m.IM_END, m.ENDOFTEXT, m.PAD))
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, pad)
     assert set(back.generation_config.eos_token_id) == {end, eot}
-    said = [("system", "be\nbrief"), ("user", "caf\u00e9 12  x?"), ("assistant", "Yes.\n\n"),
-            ("user", "the end")]
-    messages = [dict(role=role, content=content) for role, content in said]
+    messages = [turn("system", "be\nbrief"), turn("user", "caf\u00e9 12  x?"),
+                turn("assistant", "Yes.\n\n"), turn("user", "the end")]
     there = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert there == m.render_chat(enc, messages, reply=True)[0]
 
 
-def test_a_tokenizer_of_another_kind_is_refused(folder):
-    """SentencePiece's pieces are no bytes: they could not be counted, nor cut as texts are here."""
+def test_what_a_tokenizer_file_may_hold(folder):
+    """SentencePiece's pieces are no bytes: they could not be counted, nor cut as texts are here.
+
+    A limit that a trainer left behind is none; a token that is text, as Qwen3's <think>, is one id,
+    while text that spells a control token is text.
+    """
     path = folder / "tokenizer.json"
+    theirs = tokenizers.Tokenizer.from_file(str(path))
+    theirs.add_tokens(["<think>"])
+    theirs.enable_truncation(4)
+    theirs.save(str(path))
+    enc = m.encoding_from_dict(m.load_checkpoint(folder, "")["encoding"])
+    assert len(enc.encode_ordinary("<think>")) == 1 < 4 < len(enc.encode_ordinary(m.IM_END))
+    ids, _ = m.render_chat(enc, [turn("user", m.IM_END)])
+    assert ids.count(enc._special_tokens[m.IM_END]) == 1
     good = json.loads(path.read_text())
     blanks = dict(type="Metaspace", replacement="_", prepend_scheme="always")
     for change in (dict(pre_tokenizer=blanks, decoder=blanks), dict(model=None)):
         edit(path, **{**good, **change})
         error(m.load_checkpoint, folder, "")
-    cut = dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0)
-    edit(path, **{**good, "truncation": cut})    # as trainers leave it behind
-    enc = m.encoding_from_dict(m.load_checkpoint(folder, "")["encoding"])
-    assert len(enc.encode_ordinary("one two three four five")) > 4
-
-
-def test_added_tokens_are_what_they_are_in_transformers(folder):
-    """A token that is text, as Qwen3's <think>, is one id; what spells a control token is text."""
-    path = folder / "tokenizer.json"
-    theirs = tokenizers.Tokenizer.from_file(str(path))
-    theirs.add_tokens(["<think>"])
-    theirs.save(str(path))
-    enc = m.encoding_from_dict(m.load_checkpoint(folder, "")["encoding"])
-    assert len(enc.encode_ordinary("<think>")) == 1 < len(enc.encode_ordinary(m.IM_END))
-    ids, _ = m.render_chat(enc, [dict(role="user", content=m.IM_END)])
-    assert ids.count(enc._special_tokens[m.IM_END]) == 1

@@ -1,8 +1,4 @@
-"""What holds of a run in every stage, however it is split, stopped or asked for by mistake.
-
-Run: python -m pytest tests/test_resume.py -q (CPU, no network, a minute).
-"""
-import json
+"""What holds of every stage. Run: python -m pytest tests/test_resume.py -q."""
 import signal
 import time
 from dataclasses import replace
@@ -21,11 +17,9 @@ import rlhf
 import sft
 from model import ScalarHead, load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick")
 CLOCK = {"seconds", "tokens_per_second", "mfu"}    # what two equal runs may differ in
 STAGES = [pretrain, sft, reward, dpo, rlhf]
 name_of = lambda x: getattr(x, "__name__", None) or str(x)
-every_stage = pytest.mark.parametrize("stage", STAGES, ids=name_of)
 
 
 def cases(*rows):
@@ -33,18 +27,15 @@ def cases(*rows):
     return pytest.mark.parametrize("stage, changes", rows, ids=name_of)
 
 
-# Split
-
-
 @cases((pretrain, dict(optimizer="adamw")), (pretrain, dict(doc_mask=True)), (sft, {}),
        (sft, dict(pack=False)), (reward, dict(eta=0.1)), (dpo, {}), (dpo, dict(loss="simpo")),
        (rlhf, dict(algo="ppo")),
        *((rlhf, dict(algo="grpo", reduction=r)) for r in ("grpo", "dapo", "dr_grpo")))
-def test_a_step_is_the_same_however_it_is_split(stage, changes, files, tmp_path):
+def test_a_step_is_the_same_however_it_is_split(short, stage, changes):
     """Gradients of the first step agree to 1e-6 whatever the size of a micro-batch."""
     runs = []
     for size in (8, 4, 1) if stage is pretrain else (8, 3, 1):
-        cfg = config(stage, files, tmp_path / "a.pt", max_steps=1, **changes)
+        cfg = short(stage, max_steps=1, **changes)
         runs.append(recorded(stage.main, replace(cfg, device_batch_size=size))[0][0])
     assert max(g.abs().max() for g in runs[0]) > 1e-4
     for grads in runs[1:]:
@@ -56,14 +47,14 @@ def test_a_step_is_the_same_however_it_is_split(stage, changes, files, tmp_path)
        (reward, {}), (reward, dict(lora_rank=2)), (dpo, dict(lora_rank=2)),
        (dpo, dict(online=True)), (rlhf, dict(minibatches=2)), (rlhf, dict(lora_rank=2)),
        (rlhf, dict(algo="grpo", group_size=2, reduction="grpo")))
-def test_two_processes_train_like_one(stage, changes, files, tmp_path):
+def test_two_processes_train_like_one(short, stage, changes, files, tmp_path):
     """Under DistributedDataParallel: replicas equal to the bit, gradients and log as of one."""
     if stage is sft:
         changes = dict(changes, replay=0.1, replay_data=files["tokens"])
     if stage is rlhf:
         changes = dict(changes, value_learning_rate=1e-4, max_steps=2)
     changes = {"learning_rate": 1e-4, "device_batch_size": 2, **changes}
-    one, two = (config(stage, files, tmp_path / f"{name}.pt", **changes) for name in ("one", "two"))
+    one, two = (short(stage, name, **changes) for name in ("one", "two"))
     grads, params = recorded(stage.main, one)
     (a_grads, a_params), (b_grads, b_params) = on_two_ranks(stage.main, two, tmp_path)
     assert all(map(torch.equal, a_params, b_params)) and len(a_params) == len(params)
@@ -77,66 +68,48 @@ def test_two_processes_train_like_one(stage, changes, files, tmp_path):
             assert y[key] == pytest.approx(x[key], abs=2e-3, nan_ok=True), (key, x["step"])
 
 
-# Stopped
-
-
-@pytest.mark.slow
 @cases((pretrain, {}), (sft, {}), (sft, dict(lora_rank=2)), (reward, dict(lora_rank=2)),
        (dpo, dict(lora_rank=2, online=True)), (dpo, {}), (rlhf, dict(algo="ppo")),
        (rlhf, dict(algo="ppo", lora_rank=2)), (rlhf, dict(algo="grpo", minibatches=2)))
-def test_killed_and_resumed_ends_with_the_same_bits(stage, changes, files, tmp_path, monkeypatch):
-    """kill -9 twice: weights, adapters, critic and log are those of a run that nothing stopped."""
-    whole, killed = (config(stage, files, tmp_path / f"{name}.pt", save_every=4, eval_every=9,
-                            max_steps=16 if stage is rlhf else 24, **changes)
-                     for name in ("whole", "killed"))
-    resumed, log = replace(killed, resume=True), tmp_path / "killed.jsonl"
+def test_stopped_and_resumed_ends_with_the_same_bits(short, stage, changes):
+    """Weights, adapters, critic and log are those of a run that nothing stopped.
+
+    It starts over the file of an earlier run and first stops before a save of its own progress.
+    """
+    changes = dict(changes, save_every=4, eval_every=5, max_steps=12)
+    whole, stopped = (short(stage, name, **changes) for name in ("whole", "stopped"))
     stage.main(whole)
-    step = torch.optim.AdamW.step    # slower, so that a busy machine does not come too late
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: time.sleep(0.005) or step(*a))
-    for lines in (5, 11):
-        process = start(stage.main, resumed)
-        while process.is_alive() and not (log.exists() and len(log_of(killed.out)) >= lines):
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
-    stage.main(resumed)
-    (tensors, rows), other = map(learned, (whole, killed))
-    assert same_bits(tensors, other[0]) and rows == other[1]
+    stage.main(replace(stopped, seed=2, max_steps=1))
+    for steps, resume in ((2, False), (5, True), (7, True)):    # a rollout has four steps
+        steps *= 4 if stage is rlhf else 1
+        interrupted(stage.main, steps)(replace(stopped, resume=resume))
+    assert load_checkpoint(stopped.out, "")["step"] == 8
+    stage.main(replace(stopped, resume=True))
+    one, other = (load_checkpoint(cfg.out, "") for cfg in (whole, stopped))
+    assert same_bits(one["weights"], other["weights"])
+    assert same_bits(one["adapters"], other["adapters"])
+    assert same_bits(one["state"].get("critic", {}), other["state"].get("critic", {}))
+    one, other = (log_of(cfg.out) for cfg in (whole, stopped))
+    for row in one + other:
+        for key in CLOCK:
+            row.pop(key, None)
+    assert repr(one) == repr(other)    # as text, in which NaN equals NaN
 
 
-def learned(cfg):
-    """(all that a run learned, what it logged but for the time) of the files of a run."""
-    checkpoint = load_checkpoint(cfg.out, "")
-    tensors = checkpoint["weights"] | checkpoint["adapters"]
-    tensors |= {f"critic.{k}": x for k, x in checkpoint["state"].get("critic", {}).items()}
-    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in log_of(cfg.out)]
-    return tensors, json.dumps(rows)    # as text, in which NaN equals NaN
-
-
-@every_stage
-def test_stopped_before_its_first_save(stage, files, tmp_path):
-    """A run stopped early over the file of an earlier one resumes itself, not the earlier one."""
-    cfg = config(stage, files, tmp_path / "a.pt")
-    whole = replace(cfg, seed=5, out=str(tmp_path / "whole.pt"))
-    stage.main(cfg)
-    stage.main(whole)
-    interrupted(stage.main, 2)(replace(cfg, seed=5))
-    stage.main(replace(cfg, seed=5, resume=True))
-    assert same_bits(weights(cfg.out), weights(whole.out))
-
-
-@every_stage
-def test_the_same_command_twice(stage, files, tmp_path):
+@pytest.mark.parametrize("stage", STAGES, ids=name_of)
+def test_the_same_command_twice(short, stage):
     """A finished model is not overwritten by a forgotten --resume, nor anything that is no model.
 
     --resume of what is finished changes nothing, of more steps than are asked for is refused, and
     of what is not there starts.
     """
-    cfg = config(stage, files, tmp_path / "a.pt", overwrite=False)
+    cfg = short(stage, overwrite=False)
     stage.main(replace(cfg, resume=True))
     out, log = Path(cfg.out), Path(cfg.out).with_suffix(".jsonl")
     before, lines = weights(out), log.read_text()
+    last = load_checkpoint(out, "")["optimizers"][0]["param_groups"][0]["lr"]
+    rates = [row["lr"] for row in log_of(out, "lr")]
+    assert last == pytest.approx(rates[-1], abs=1e-6) and last < max(rates) / 2    # the schedule
     assert "--resume" in error(stage.main, cfg)
     assert "3 steps" in error(stage.main, replace(cfg, resume=True, max_steps=2))
     assert same_bits(weights(out), before) and log.read_text() == lines
@@ -154,7 +127,6 @@ def test_resume_takes_the_settings_of_the_run(files, tmp_path, capsys):
     dpo.main(config(dpo, files, out, loss="simpo", beta=2.0))
     cfg = m.parse_args(dpo.Config, ["--resume", "--out", out, "--max_steps", "4"])
     assert (cfg.loss, cfg.beta, cfg.learning_rate, cfg.max_steps) == ("simpo", 2.0, 1e-3, 4)
-    assert cfg.resume and cfg.out == out and cfg.data == [files["pairs"]]
     capsys.readouterr()
     dpo.main(cfg)
     assert "changed: max_steps 3 -> 4\n" in capsys.readouterr().out
@@ -173,16 +145,13 @@ def test_a_run_is_not_resumed_as_another(made, resumed, changes, files, tmp_path
     assert out.read_bytes() == before
 
 
-# Yardsticks
-
-
 @cases((rlhf, {}), (rlhf, dict(lora_rank=2)), (dpo, {}), (dpo, dict(lora_rank=2)),
        (dpo, dict(online=True)))
-def test_reference_and_judge_are_frozen(stage, changes, files, tmp_path, monkeypatch):
+def test_reference_and_judge_are_frozen(short, stage, changes, files, monkeypatch):
     """The models that measure do not move; with LoRA only the adapted matrices do."""
     loaded, load_model = [], m.load_model
     monkeypatch.setattr(m, "load_model", lambda *a: loaded.append(load_model(*a)) or loaded[-1])
-    cfg = config(stage, files, tmp_path / "a.pt", learning_rate=1e-2, **changes)
+    cfg = short(stage, learning_rate=1e-2, **changes)
     stage.main(cfg)
     before, after = weights(files["policy"]), weights(cfg.out)
     frozen = 0
@@ -193,14 +162,11 @@ def test_reference_and_judge_are_frozen(stage, changes, files, tmp_path, monkeyp
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     assert moved and ("lora_rank" not in changes or all("_proj.weight" in name for name in moved))
     if stage is rlhf:
+        assert log_of(cfg.out, "k3")[-1]["k3"] > 1e-5    # also where LoRA's reference is itself
         critic = load_checkpoint(cfg.out, "")["state"]["critic"]
         assert not torch.equal(critic["score.weight"], weights(files["judge"])["score.weight"])
 
 
-# Asked for by mistake
-
-
-CONTINUED = dict(init="{policy}", n_embd=None, n_head=None)
 ERRORS = [
     *((stage, changes, word) for stage in STAGES for changes, word in (
         (dict(init="no.pt"), "make it with: python "), (dict(init="{pairs}"), "not a checkpoint"),
@@ -221,7 +187,7 @@ ERRORS = [
     (pretrain, dict(data=["{folder}/all"]), "no validation text"),
     *((pretrain, dict(data=["{folder}/" + name]), "run prepare.py again")
       for name in ("train.bin", "val.bin", "manifest.json", "encoding.json")),
-    *((pretrain, {**CONTINUED, name: value}, f"--{name}")
+    *((pretrain, dict(init="{policy}", n_embd=None, n_head=None) | {name: value}, f"--{name}")
       for name, value in (("depth", 3), ("n_embd", 64), ("tie_embeddings", True))),
     (sft, dict(replay_data="{folder}/other"), "another tokenizer"),
     (sft, dict(replay_data="{folder}/few"), "fewer than one window"),
@@ -278,11 +244,26 @@ def test_user_errors_are_one_line(stage, changes, word, odd, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [sft, reward, dpo, rlhf], ids=name_of)
-def test_losses_that_are_no_number_end_the_run(stage, files, tmp_path):
+def test_losses_that_are_no_number_end_the_run(short, stage, files, tmp_path):
     """A model that gives NaN is named at the first step; the file keeps what it was."""
     model = load(files["policy"])
     with torch.no_grad():
         model.blocks[1].mlp.up_proj.weight[0, 0] = float("nan")
-    cfg = config(stage, files, tmp_path / "a.pt", init=save(tmp_path / "sick.pt", model))
+    cfg = short(stage, init=save(tmp_path / "sick.pt", model))
     assert "lower --learning_rate" in error(stage.main, cfg)
     assert load_checkpoint(cfg.out, "")["step"] == 0
+
+
+@pytest.mark.slow
+def test_killed_while_it_saves_and_resumed(short):
+    """kill -9 somewhere in a run that saves at every step: the same bits in the end."""
+    whole, killed = (short(pretrain, name, save_every=1, max_steps=30) for name in ("a", "b"))
+    pretrain.main(whole)
+    process, log = start(pretrain.main, killed, 0, 1, 0), Path(killed.out).with_suffix(".jsonl")
+    while process.is_alive() and not (log.exists() and log.read_text().count("\n") > 4):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and load_checkpoint(killed.out, "")["step"] < 30
+    pretrain.main(replace(killed, resume=True))
+    assert same_bits(weights(whole.out), weights(killed.out))

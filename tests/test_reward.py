@@ -1,19 +1,14 @@
-"""Tests of reward.py, and of pairs and scores in model.py.
-
-Run: python -m pytest tests/test_reward.py -q (CPU, no network, seconds).
-"""
+"""Tests of reward.py, of pairs and of scores. Run: python -m pytest tests/test_reward.py -q"""
 import math
 
 import pytest
 import torch
-from common import (CPU, END, ENC, PAD, config, judge, load, log_of, tiny, turn, write)
+from common import CPU, END, ENC, PAD, Rule, judge, load, log_of, tiny, turn, write
 
 import model as m
 import reward
 from model import ScalarHead, load_pairs, score_all, score_texts
 from reward import reward_loss
-
-# The loss
 
 
 @pytest.mark.parametrize("chosen, rejected, changes, expected, slope", [
@@ -31,16 +26,6 @@ def test_loss_of_a_pair(chosen, rejected, changes, expected, slope):
     loss.backward()
     assert loss.item() == pytest.approx(expected, abs=1e-5)
     assert chosen.grad.item() == pytest.approx(slope, abs=1e-5)
-
-
-def test_three_ranked_answers_are_three_pairs():
-    """A ranking weighs as the mean over its pairs."""
-    r = torch.tensor([2.0, 1.0, 0.0])
-    loss = reward_loss(r[[0, 0, 1]], r[[1, 2, 2]]).mean()
-    assert loss.item() == pytest.approx(0.251150, abs=1e-6)
-
-
-# Scores
 
 
 @pytest.mark.parametrize("width, std", [(64, 0.12403), (512, 0.04415), (768, 0.03606)])
@@ -71,9 +56,6 @@ def test_scores_are_float32_under_bf16():
     assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
 
 
-# Pairs
-
-
 def test_load_pairs(tmp_path, capsys):
     """Both answers behind the same prompt, up to their end token; what teaches nothing is named."""
     good = dict(prompt="Hi?", chosen="Yo <|im_end|>.", rejected="Go.", margin=0.5, probability=0.9,
@@ -84,12 +66,11 @@ def test_load_pairs(tmp_path, capsys):
            dict(good, prompt=[turn("robot", "x")]),
            dict(chosen="\n\nHuman: a\n\nAssistant: b", rejected="\n\nHuman: c\n\nAssistant: d")]
     pair, = load_pairs([write(tmp_path / "x.jsonl", [good, *bad])], ENC, 96)
-    shown = capsys.readouterr().out
+    shown, n = capsys.readouterr().out, pair["n_prompt"]
     for why in ("9 of 10 rows dropped", "equal answers (1)", "empty answer (1)", "out of range (2)",
                 "longer than 96 tokens (1)", "empty prompt (1)", "differ (1)", "robot"):
         assert why in shown
     assert (pair["margin"], pair["probability"], pair["source"]) == (0.5, 0.9, "x")
-    n = pair["n_prompt"]
     assert pair["chosen"][:n] == pair["rejected"][:n]
     assert ENC.decode(pair["chosen"][:n]).endswith("assistant\n")
     assert ENC.decode(pair["chosen"][n:]) == "Yo <|im_end|>.<|im_end|>"
@@ -109,32 +90,12 @@ def test_no_prompt_is_both_trained_and_held_out():
     assert sorted(p["n"] for p in train + held_out) == list(range(50))
 
 
-# The verdict
-
-
-class Rule(torch.nn.Module):
-    """Scores a text by a function, in the form of a reward model."""
-
-    def __init__(self, rule):
-        super().__init__()
-        self.rule, self.config = rule, tiny().config
-
-    def forward(self, ids):
-        return torch.tensor([[float(self.rule(row[:t + 1])) for t in range(len(row))]
-                             for row in ids.tolist()])
-
-
-def answer(ids):
-    """The text behind the last role header."""
-    return ENC.decode(ids).rsplit("assistant\n", 1)[-1]
-
-
 @pytest.mark.parametrize("rule, word", [
-    (lambda ids: len(answer(ids)), "follows the length"),
-    (lambda ids: -len(answer(ids)), "empty answers score better"),
-    (lambda ids: 0, "not clearly above"),
-    (lambda ids: 2 * answer(ids).count("."), "repeated answers score better"),
-    (lambda ids: answer(ids).count(".") == 1 and ids[-1] == END, None)])
+    (lambda text, ended: len(text), "follows the length"),
+    (lambda text, ended: -len(text), "empty answers score better"),
+    (lambda text, ended: 0, "not clearly above"),
+    (lambda text, ended: text.count("."), "repeated answers score better"),
+    (lambda text, ended: text.count(".") == 1 and ended, None)])
 def test_the_verdict_names_judges_that_are_not_fit(files, tmp_path, capsys, rule, word):
     """Judges that love length, silence or repetition are unfit; one that is right is fit."""
     pairs = load_pairs([files["pairs"]], ENC, 96)
@@ -147,38 +108,29 @@ def test_the_verdict_names_judges_that_are_not_fit(files, tmp_path, capsys, rule
     assert ("NOT FIT" in shown) == bool(found["unfit"]) == (word is not None)
     assert (word or "fit to guide RL") in shown
     assert found["accuracy_low"] <= found["val_accuracy"] <= found["accuracy_high"]
-    shorter = 0.0
-    for pair in pairs:
-        n_chosen, n_rejected = len(pair["chosen"]), len(pair["rejected"])
-        shorter += (n_chosen < n_rejected) + (n_chosen == n_rejected) / 2
+    longer = [len(pair["rejected"]) - len(pair["chosen"]) for pair in pairs]
+    shorter = sum((n > 0) + (n == 0) / 2 for n in longer)
     assert found["length_only"] == pytest.approx(max(shorter, 40 - shorter) / 40)
     if word == "not clearly above":    # ties are not right
         assert found["val_accuracy"] == 0 and found["val_loss"] == pytest.approx(math.log(2))
     assert found["by_source"] == {"all": [pytest.approx(found["val_accuracy"]), 40]}
 
 
-# The run
-
-
-def test_it_learns(files, tmp_path):
+def test_it_learns(short):
     """All held-out pairs right, the verdict in the log's last line; scores do not drift off."""
-    cfg = config(reward, files, tmp_path / "a.pt", max_steps=30, batch_size=8, eval_every=10,
-                 learning_rate=3e-3)
+    cfg = short(reward, max_steps=30, batch_size=8, eval_every=10, learning_rate=3e-3)
     found = reward.main(cfg)
     assert found["val_accuracy"] == 1 and found["val_loss"] < 0.1
     log = log_of(cfg.out)
     assert {"loss", "accuracy", "margin", "score", "lr", "grad_norm", "seconds"} <= log[1].keys()
     assert log[-1]["unfit"] == found["unfit"] and log[-1]["scores"].keys() == found["scores"].keys()
-    model, texts = load(cfg.out), [p["chosen"] for p in load_pairs(cfg.data, ENC, 96)]
-    assert torch.tensor(score_all(model, texts, PAD, 8, CPU)).std() > 0.01
 
 
-def test_the_first_loss(files, tmp_path):
+def test_the_first_loss(short, tmp_path):
     """By hand of the six pairs of the step, with margin, soft label and centring."""
     rows = [dict(prompt=str(i), chosen="a" * i, rejected="b", margin=i / 9, probability=1 - i / 20)
             for i in range(1, 9)]
-    cfg = config(reward, files, tmp_path / "a.pt", data=[write(tmp_path / "x.jsonl", rows)],
-                 max_steps=1, eta=0.3)
+    cfg = short(reward, data=[write(tmp_path / "x.jsonl", rows)], max_steps=1, eta=0.3)
     reward.main(cfg)
     gpt = load(cfg.init)
     torch.manual_seed(cfg.seed)

@@ -1,0 +1,201 @@
+"""What pretraining needs where it is large, shown without a GPU: memory, compilation, sharding.
+
+Run: python -m pytest tests/test_scale.py -q (CPU, no network, half a minute).
+"""
+import math
+import os
+import time
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import config, error, log_of, on_two_ranks, recorded
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dpo
+import model as m
+import pretrain
+import reward
+import rlhf
+import sft
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of all tensors made inside that are still there, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and not hasattr(x.untyped_storage(), "counted"):
+                storage = x.untyped_storage()
+                storage.counted = True
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return result
+
+    def add(self, n):
+        self.now += n
+        self.peak = max(self.peak, self.now)
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """The attention kernel, and the size of pieces, that GPUs get."""
+    attention = m.attention
+    monkeypatch.setattr(m, "attention", lambda q, k, v, mask, fused: attention(q, k, v, mask, True))
+    monkeypatch.setattr(m, "pieces", lambda logits: [
+        slice(i, i + 1024) for i in range(0, len(logits), 1024)])
+
+
+@pytest.mark.parametrize("depth, recompute", [(12, False), (12, True), (20, False)])
+def test_memory_of_a_step(as_on_gpus, depth, recompute):
+    """What --plan says is within 10 % of what a step of 32,768 tokens over 50,304 ids holds."""
+    cfg = pretrain.Config(depth=depth, recompute=recompute, total_batch_tokens=2 ** 16)
+    sizes = pretrain.model_config(cfg, 50304)
+    B, T = 2 ** 15 // sizes.block_size, sizes.block_size
+    with FakeTensorMode(), Memory() as memory:
+        model = m.GPT(sizes)
+        model.recompute = recompute
+        optimizers = m.make_optimizers(model, "muon", 1e-3, dtype=torch.bfloat16)
+        ids = torch.zeros(B, T + 1, dtype=torch.long)
+        for step in range(2):    # in the second one moments and gradients are there
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(ids[:, :-1])
+            m.token_nats(logits, ids[:, 1:]).sum().backward()
+            del logits
+            for opt in optimizers if step == 0 else ():
+                opt.step()
+    assert pretrain.memory(cfg, sizes, B, 1, "none") == pytest.approx(memory.peak, rel=0.1)
+
+
+def test_memory_of_the_loss(as_on_gpus):
+    """Logits in bf16 and their gradient, 4 bytes an id, and one piece in float32."""
+    with FakeTensorMode(), Memory() as memory:
+        logits = torch.zeros(8, 4096, 50304, dtype=torch.bfloat16, requires_grad=True)
+        ids = torch.zeros(8, 4096, dtype=torch.long)
+        m.token_nats(logits, ids).sum().backward()
+    assert memory.peak <= 4 * logits.numel() + 3 * 4 * 1024 * 50304
+
+
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
+def test_passes_fit(shard):
+    """Depth 40 on 8 GPUs of 80 GB: as many tokens a pass as fit, in whole parts of the batch."""
+    cfg = pretrain.Config(depth=40, total_batch_tokens=2 ** 24)
+    sizes = pretrain.model_config(cfg, 50304)
+    n = pretrain.largest_pass(cfg, sizes, 8, shard, 2 ** 15, 68e9)
+    assert n > 1 and 2 ** 21 // sizes.block_size % n == 0
+    assert pretrain.memory(cfg, sizes, n, 8, shard) <= 68e9
+    assert pretrain.memory(cfg, sizes, 2 * n, 8, shard) > 68e9 or 2 * n * sizes.block_size > 2 ** 15
+
+
+@pytest.mark.parametrize("doc_mask", [False, True])
+def test_the_compiled_step_is_one_graph(files, tmp_path, monkeypatch, doc_mask):
+    """No break in the graph, and one compilation more: that of validation, without gradients."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    m.compiled.cache_clear()
+    pretrain.main(config(pretrain, files, tmp_path / "a.pt", compile=True, doc_mask=doc_mask,
+                         max_steps=50, eval_every=10))
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 3    # of the trial in compiled(), and two
+
+
+def watched(cfg):
+    """pretrain.main, which sees that between forward and backward all weights are divided."""
+    forward = m.GPT.forward
+
+    def see(model, *args):
+        seen = []
+        for block in model.blocks:
+            block.register_forward_hook(
+                lambda block, x, y: seen.append(block.mlp.up_proj.weight.dtype), prepend=True)
+        logits = forward(model, *args)
+        assert seen and set(seen) == {torch.bfloat16}
+        whole = [block for block in model.blocks
+                 if not isinstance(block.mlp.up_proj.weight, DTensor)]
+        assert len(whole) <= 1
+        return logits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(m.GPT, "forward", see)
+        pretrain.main(cfg)
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_bf16_and_lets_go(files, tmp_path):
+    """A block's weights are there in bf16 while it is at work, of no other from forward to
+    backward; gradients stay near those of one process."""
+    cfg = config(pretrain, files, tmp_path / "a.pt", precision="bf16", max_steps=2,
+                 device_batch_size=2)
+    one, _ = recorded(pretrain.main, cfg)
+    (two, _), _ = on_two_ranks(watched, replace(cfg, shard="fsdp"), tmp_path)
+    for a, b in zip(one[0], two[0]):
+        assert (a - b).norm() <= 0.05 * a.norm()
+
+
+def test_a_failed_rank_ends_at_once(monkeypatch, capfd):
+    """Under NCCL nobody waits for the group at exit: the line is said, and the process gone."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr("sys.argv", ["pretrain.py"])
+    if (child := os.fork()) == 0:
+        m.run(lambda cfg: m.fail("no disk"), pretrain.Config)
+        time.sleep(60)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert capfd.readouterr().err == "error: no disk\n"
+
+
+@pytest.mark.parametrize("name, flops", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("Some GPU", math.nan)])
+def test_peaks_of_gpus(monkeypatch, name, flops):
+    """By name; of a GPU that nobody knows there is none, and no MFU."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    env = m.Env(0, 2, torch.device("cuda"), torch.bfloat16, True)
+    assert m.peak_flops(env) == pytest.approx(2 * flops, nan_ok=True)
+    assert math.isnan(m.peak_flops(replace(env, dtype=None)))
+
+
+def test_a_driver_that_is_too_old_is_named(monkeypatch):
+    """A GPU is there and CUDA does not start: no run on the CPU that nobody asked for."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "driver" in error(m.setup, 1)
+
+
+@pytest.mark.parametrize("stage", [pretrain, sft, reward, dpo, rlhf], ids=lambda x: x.__name__)
+def test_recomputed_gradients_are_the_same(stage, files, tmp_path):
+    """--recompute saves memory and changes nothing else."""
+    few = config(stage, files, tmp_path / "a.pt", max_steps=2)
+    plain, _ = recorded(stage.main, few)
+    again, _ = recorded(stage.main, replace(few, recompute=True))
+    torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_two_ranks_lose_as_one(shard, compiled, files, tmp_path, monkeypatch):
+    """DDP and fsdp, as they are and compiled: the losses of one process."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
+    m.compiled.cache_clear()
+    one = config(pretrain, files, tmp_path / "one.pt", max_steps=5, device_batch_size=2)
+    two = replace(one, out=str(tmp_path / "two.pt"), shard=shard, compile=compiled)
+    pretrain.main(one)
+    on_two_ranks(pretrain.main, two, tmp_path)
+    a, b = ([row["loss"] for row in log_of(cfg.out, "loss")] for cfg in (one, two))
+    assert len(a) == 5 and a == pytest.approx(b, abs=1e-4)

@@ -550,38 +550,40 @@ def iban(text):
     return 15 <= len(text) <= 34 and number % 97 == 1
 
 
-# What a text must contain to be looked at: this makes cleaning a quarter faster.
-SUSPECT = re.compile(r"@|AKIA|-----BEGIN|gh[pousr]_|sk-|xox[bp]-|\d\.\d{1,3}\.\d{1,3}\.\d"
-                     r"|\d(?:[ ().-]{0,2}\d){8}")    # nine digits close together
+# (placeholder, hint: what a text must contain to be looked at, pattern, check of a match). Patterns
+# start behind an edge and repeat within bounds, so that no text takes more than linear time.
+NUMBER = r"\d(?:[ ().-]{0,2}\d){8}"    # nine digits close together
 BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-# (placeholder, pattern, check of a match). Patterns start behind an edge and repeat within bounds,
-# so that no text takes more than linear time.
-PRIVATE = [(name, re.compile(pattern), check) for name, pattern, check in (
-    ("<KEY>", r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{36,255}\b|\bsk-[\w-]{20,200}"
-     r"|\bxox[bp]-[\w-]{10,200}|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
+PRIVATE = [(name, re.compile(hint), re.compile(pattern), check) for name, hint, pattern, check in (
+    ("<KEY>", r"AKIA|-----BEGIN|gh[pousr]_|sk-|xox[bp]-",
+     r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{36,255}\b|\bsk-[\w-]{20,200}|\bxox[bp]-[\w-]{10,200}"
+     r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
      r"(?:[A-Za-z0-9+/=\s]{0,10000}-----END [A-Z ]{0,30}PRIVATE KEY-----)?", None),
-    ("<EMAIL>", r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b", None),
-    ("<IBAN>", r"(?<!\w)[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)", iban),
-    ("<IP>", rf"(?<![\w.]){BYTE}(?:\.{BYTE}){{3}}(?!\w|\.\d)",
+    ("<EMAIL>", "@",
+     r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b", None),
+    ("<IBAN>", NUMBER,
+     r"(?<!\w)[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)", iban),
+    ("<IP>", r"\d\.\d{1,3}\.\d{1,3}\.\d", rf"(?<![\w.]){BYTE}(?:\.{BYTE}){{3}}(?!\w|\.\d)",
      lambda text: ipaddress.ip_address(text).is_global),
-    ("<CARD>",    # in one piece, in fours, or as 4-6-5; 14000-3920-1000 is a sum
+    ("<CARD>", NUMBER,    # in one piece, in fours, or as 4-6-5; 14000-3920-1000 is a sum
      r"(?<![\w.-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{1,3})?"
      r"|\d{4}([ -])\d{6}\2\d{5})(?!\w|-\d)", luhn),
-    ("<SSN>", r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None),
-    ("<PHONE>", r"(?<![\w+])\+\d(?:[ .()-]{0,2}\d){9,14}(?!\w)"
+    ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None),
+    ("<PHONE>", NUMBER, r"(?<![\w+])\+\d(?:[ .()-]{0,2}\d){9,14}(?!\w)"
      r"|(?<![\w.(-])(?:\d{3}[.-]|\(\d{3}\) ?)\d{3}[ .-]\d{4}(?![\w-])", None))]
 
 
 def scrub(text):
     """(text without personal data, {placeholder: how many})"""
     found = Counter()
-    for placeholder, pattern, check in PRIVATE if SUSPECT.search(text) else ():
+    for placeholder, hint, pattern, check in PRIVATE:
         def replace(m):
             if check and not check(m[0]):
                 return m[0]
             found[placeholder] += 1
             return placeholder
-        text = pattern.sub(replace, text)
+        if hint.search(text):    # else cleaning takes a third longer
+            text = pattern.sub(replace, text)
     return text, found
 
 

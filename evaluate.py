@@ -345,6 +345,13 @@ def keep_end(lm, ids, room):
     return ids[-room:]
 
 
+def finite(lm, scores):
+    """The scores, all of them numbers: NaN would win or lose by its place."""
+    if not np.isfinite(scores).all():
+        fail(f"{lm.path} gives scores that are not numbers; its weights are damaged")
+    return scores
+
+
 def loglikelihoods(lm, groups, cfg, env):
     """For each list of (context ids, continuation ids) an array: log p of each continuation."""
     def work(batch):
@@ -363,9 +370,7 @@ def loglikelihoods(lm, groups, cfg, env):
         for context, continuation in pairs:
             row = keep_end(lm, context + continuation, lm.block_size + 1)
             rows.append((row, len(continuation)))
-    found = np.array(over_ranks(rows, lambda row: len(row[0]), work, cfg, env))
-    if not np.isfinite(found).all():    # NaN would win or lose by its place
-        fail(f"{lm.path} gives scores that are not numbers; its weights are damaged")
+    found = finite(lm, np.array(over_ranks(rows, lambda row: len(row[0]), work, cfg, env)))
     return np.split(found, np.cumsum([len(pairs) for pairs in groups]))[:-1]
 
 
@@ -450,7 +455,7 @@ def score_preference(lm, task, cfg, env):
     if lm.scores:
         texts = [keep_end(lm, ids + reply, lm.block_size) for both in groups for ids, reply in both]
         work = lambda batch: score_all(lm.model, batch, 0, cfg.batch_size, env)
-        found = np.reshape(over_ranks(texts, len, work, cfg, env), (-1, 2))
+        found = finite(lm, np.reshape(over_ranks(texts, len, work, cfg, env), (-1, 2)))
     else:
         found = loglikelihoods(lm, groups, cfg, env)
     return [dict(id=row["id"], chosen=float(chosen > rejected))

@@ -250,12 +250,14 @@ def test_gsm8k_of_a_base_model(tmp_path, monkeypatch):
 
 
 def test_preference():
-    """A reward is read at the end of the reply; what is too long loses its left end."""
+    """A reward is read at the end of the reply and is a number; what is long loses its left end."""
     lm, asked = fake(blank(), 64), [dict(role="user", content="Hi")]
     lm.scores, lm.model = True, lambda ids: ids.float().cumsum(1)
     rows = [dict(id=i, pair=(asked, *both)) for i, both in enumerate(("ba", "ab", ("a" * 99, "b")))]
     items = ev.score_preference(lm, dict(rows=rows), Config(), CPU)
     assert [item["chosen"] for item in items] == [1, 0, 1] and lm.cut == 1
+    lm.model = lambda ids: ids * math.nan
+    assert "not numbers" in error(ev.score_preference, lm, dict(rows=rows), Config(), CPU)
 
 
 def test_toxicity(monkeypatch):

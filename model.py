@@ -1452,8 +1452,7 @@ class Log:
         if show:
             eta = metrics["seconds"] / (step + 1) * (self.max_steps - step - 1)
             columns = [f"{name} {number(metrics[name])}" for name in show]
-            print(f"step {step:6d}", *columns, f"eta {duration(max(0, eta))}" + more, sep=" | ",
-                  flush=True)
+            print0(f"step {step:6d}", *columns, f"eta {duration(max(0, eta))}" + more, sep=" | ")
 
 
 def number(x):

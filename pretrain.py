@@ -35,11 +35,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import (ENDOFTEXT, GPT, GPTConfig, Log, check_out, compiled, complete, config_of,
-                   cosine_lr, duration, encoding_from_dict, encoding_hash, fail, load_checkpoint,
-                   load_weights, make_optimizers, open_tokens, parallel, peak_flops, peak_memory,
-                   print0, resume, run, save_checkpoint, setup, sum_over_ranks, token_bytes,
-                   token_nats, window)
+from model import (ENDOFTEXT, GPT, PEAK_FLOPS, GPTConfig, Log, check_out, compiled, complete,
+                   config_of, cosine_lr, duration, encoding_from_dict, encoding_hash, fail,
+                   load_checkpoint, load_weights, make_optimizers, open_tokens, parallel,
+                   peak_flops, peak_memory, print0, resume, run, save_checkpoint, setup,
+                   sum_over_ranks, token_bytes, token_nats, window)
 
 TOKENS_PER_PARAMETER, EPOCHS = 20, 5    # the run is as long as the shorter of the two
 SPIKE, MAX_SKIPS = 10, 5                # skip steps of 10 times the usual gradient; 5 in a row end
@@ -47,7 +47,7 @@ EVAL_TOKENS = 2 ** 20                   # at most so many validation tokens, the
 SAMPLE_TOKENS = 48                      # of text shown at each validation
 CPU_PASS, GPU_PASS = 2 ** 13, 2 ** 15   # at most so many tokens a forward pass
 FILLED = 0.85                           # of a GPU's memory, by the estimate of memory()
-H100_BYTES, H100_FLOPS = 80e9, 989e12   # what --plan reckons with; dense bf16
+H100_BYTES = 80e9                       # what --plan reckons with
 SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")    # on the console
 
 
@@ -118,9 +118,8 @@ def memory(cfg, config, rows, world_size, shard):
     kv_size, tokens = config.n_kv_head * config.head_size, rows * config.block_size
     block = 2 * C * (q_size + kv_size) + 3 * C * config.n_hidden
     rest = (1 if config.tie_embeddings else 2) * config.vocab_size * C
-    weights, moments = L * block + rest, 8 * (L * block + rest)
-    if cfg.optimizer == "muon":
-        moments = 4 * L * block + 8 * rest
+    weights = L * block + rest
+    moments = (4 if cfg.optimizer == "muon" else 8) * L * block + 8 * rest
     kept = (8 * weights + moments) + 2 * weights    # float32 with gradients; a copy in bf16
     if shard == "fsdp":    # of the others only what is at work, and gradients until their reduction
         accumulates = cfg.total_batch_tokens > tokens * world_size
@@ -188,7 +187,7 @@ def plan(cfg, config, n_params, flops, train_tokens):
             rows = largest_pass(cfg, config, n, shard, GPU_PASS, FILLED * H100_BYTES)
             gigabytes = memory(cfg, config, rows, n, shard) / 1e9
             line += f"{gigabytes:15.1f} {rows * config.block_size:13,d}"
-        print0(f"{line} {tokens * flops / (0.4 * H100_FLOPS * n) / 3600:18.3g}")
+        print0(f"{line} {tokens * flops / (0.4 * PEAK_FLOPS['H100'] * n) / 3600:18.3g}")
 
 
 def spiking(loss, grad_norm, usual_norm, step):

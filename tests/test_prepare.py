@@ -544,6 +544,7 @@ def test_planted_question_is_found_and_reported(tmp_path):
 
 # Whole runs
 
+
 def test_planted_defects(tmp_path):
     """On the embedded data: recall of each kind of defect 95 %, precision 98 %."""
     data, out = Path(__file__).parent.parent / "data", tmp_path / "tokens"
@@ -559,6 +560,8 @@ def test_planted_defects(tmp_path):
     for kind in kinds:
         assert caught[kind] >= 0.95 * kinds[kind], kind
     wrong = [doc for doc in dropped if doc not in bad and copies.get(doc, doc) in dropped]
+    print(f"recall {caught.total() / len(bad):.1%} of {len(bad)} documents of {len(kinds)} kinds, "
+          f"precision {1 - len(wrong) / len(dropped):.1%}")
     assert len(wrong) <= 0.02 * len(dropped), wrong
     text = "\n".join(load(out)[0] + load(out, "val")[0])
     mended = [row for row in labels if row["action"] in ("scrub", "fix")

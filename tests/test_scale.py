@@ -177,11 +177,15 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("stage", [pretrain, sft, reward, dpo, rlhf], ids=lambda x: x.__name__)
-def test_recomputed_gradients_are_the_same(stage, files, tmp_path):
-    """--recompute saves memory and changes nothing else."""
+def test_recomputed_gradients_are_the_same(stage, files, tmp_path, monkeypatch):
+    """--recompute reaches the model of every stage and changes no gradient."""
+    calls, checkpoint = [], m.checkpoint
+    monkeypatch.setattr(m, "checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
     few = config(stage, files, tmp_path / "a.pt", max_steps=2)
     plain, _ = recorded(stage.main, few)
+    assert not calls
     again, _ = recorded(stage.main, replace(few, recompute=True))
+    assert calls
     torch.testing.assert_close(again, plain, atol=1e-6, rtol=1e-5)
 
 

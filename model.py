@@ -41,6 +41,7 @@ import torch.distributed as dist
 import torch.distributed.nn    # imported later, its default arguments would keep the group alive
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -140,10 +141,15 @@ class Rotate(torch.autograd.Function):
 def attention(q, k, v, mask=None, fused=False):
     """softmax(q k' / sqrt(D)) v. q (B, H, T, D); k, v (B, K, S, D); -> (B, H, T, D).
 
-    mask: bool, broadcastable to (B, 1, T, S), True where a query may look; None: causal, T == S.
+    mask: bool, broadcastable to (B, 1, T, S), True where a query may look; None: causal, T == S;
+    int (N + 1,): causal in each of N documents, which begin there in the B T tokens of all rows.
     fused: the same as one kernel, which is faster on GPUs and for long rows.
     """
     (B, H, T, D), K = q.shape, k.shape[1]
+    if mask is not None and mask.dim() == 1:
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))          # (B T, H, D)
+        y = varlen_attn(q, k, v, mask, mask, T, T, window_size=(-1, 0), enable_gqa=H > K)
+        return y.view(B, T, H, D).transpose(1, 2)
     if fused:
         if mask is not None and H > K:    # no fast kernel does both
             k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
@@ -214,14 +220,25 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def document_mask(doc):
+def has_flash(x, config):
+    """Do packed documents x (B, T, C) need no mask (B, 1, T, T)? Flash attention 2 knows them."""
+    return (x.is_cuda and x.dtype == torch.bfloat16 and config.head_size % 8 == 0
+            and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_properties(x.device).major >= 8)
+
+
+def document_mask(doc, flash=False):
     """Positions (B, T) that restart with each document, and mask (B, 1, T, T), of packed rows.
 
     doc (B, T): number of the document each token is in; a token sees its own document only.
+    flash: instead of the mask where the documents begin (N + 1,), see attention.
     """
     t = torch.arange(doc.shape[1], device=doc.device)
     starts = F.pad(doc[:, 1:] != doc[:, :-1], (1, 0), value=True)
     positions = t - torch.where(starts, t, 0).cummax(dim=1).values
+    if flash:
+        begins = starts.flatten().nonzero()[:, 0]
+        return positions, F.pad(begins, (0, 1), value=doc.numel()).int()
     mask = (doc[:, :, None] == doc[:, None, :]) & (t[:, None] >= t)
     return positions, mask[:, None]
 
@@ -252,17 +269,15 @@ class GPT(nn.Module):
 
         doc (B, T): see document_mask. cache: KVCache, with positions (B, T) of the tokens.
         """
-        mask = None
+        x, mask = self.embed(ids), None                                          # (B, T, C)
+        if torch.is_autocast_enabled(ids.device.type):    # activations bf16, weights float32
+            x = x.to(torch.get_autocast_dtype(ids.device.type))
         if doc is not None:
-            positions, mask = document_mask(doc)
+            positions, mask = document_mask(doc, has_flash(x, self.config))
         if cache is not None:
             mask = cache.mask(positions)
         at = slice(ids.shape[1]) if positions is None else positions[:, None]    # (B, 1, T)
-        cos, sin = self.cos[at], self.sin[at]                                    # (.., T, D)
-        x = self.embed(ids)                                                      # (B, T, C)
-        if torch.is_autocast_enabled(ids.device.type):    # activations bf16, weights float32
-            dtype = torch.get_autocast_dtype(ids.device.type)
-            x, cos, sin = x.to(dtype), cos.to(dtype), sin.to(dtype)
+        cos, sin = self.cos[at].to(x.dtype), self.sin[at].to(x.dtype)            # (.., T, D)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():    # in backward, from x alone
                 block = functools.partial(checkpoint, block, use_reentrant=False)
@@ -1215,6 +1230,7 @@ def keep_freed_memory():
 def compiled(model):
     """torch.compile of a model or a function; itself, and one line, where that does not work."""
     torch._dynamo.config.optimize_ddp = False    # it would cut the model at each bucket
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True    # where documents begin
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))

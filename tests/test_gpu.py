@@ -82,6 +82,20 @@ def test_attention_has_a_fast_kernel(key_heads, masked, monkeypatch):
     assert chosen[0] > 0    # 0 plain, 1 flash, 2 efficient, 3 cuDNN
 
 
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_flash_attention_by_documents(key_heads, monkeypatch):
+    """Packed documents with the kernel that knows them, and with a mask."""
+    model = m.GPT(m.GPTConfig(256, 64, 2, n_head=4, n_kv_head=key_heads, n_embd=256)).cuda()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    ids, doc = torch.randint(64, (4, 256), device="cuda"), torch.arange(256, device="cuda") // 50
+    with torch.autocast("cuda", torch.bfloat16):
+        flash = model.hidden(ids, doc.expand(4, -1))
+        monkeypatch.setattr(m, "has_flash", lambda *_: False)
+        masked = model.hidden(ids, doc.expand(4, -1))
+    assert (flash - masked).float().norm() < 0.02 * masked.float().norm()
+
+
 def test_float32_is_float32():
     """--precision fp32 multiplies in float32: TF32 would be off by 0.03."""
     m.setup(1, "fp32")

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from common import config, error, log_of, on_two_ranks, recorded
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -100,9 +101,37 @@ def test_passes_fit(shard):
     assert pretrain.memory(cfg, sizes, 2 * n, 8, shard) > 68e9 or 2 * n * sizes.block_size > 2 ** 15
 
 
-@pytest.mark.parametrize("doc_mask", [False, True])
-def test_the_compiled_step_is_one_graph(files, tmp_path, monkeypatch, doc_mask):
-    """No break in the graph, and one compilation more: that of validation, without gradients."""
+def by_documents(q, k, v, begins, _, longest, __, window_size, enable_gqa):
+    """What torch's varlen_attn does: q (N, H, D), k and v (N, K, D), causal in each document."""
+    assert window_size == (-1, 0) and begins.dtype == torch.int32 and begins.diff().max() <= longest
+    spans = [slice(*span) for span in zip(begins, begins[1:])]
+    parts = [F.scaled_dot_product_attention(*(x[s].transpose(0, 1) for x in (q, k, v)),
+                                            is_causal=True, enable_gqa=enable_gqa) for s in spans]
+    return torch.cat(parts, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_flash_attention_by_documents(key_heads, monkeypatch):
+    """Where documents begin is worth as much as a mask, also with rows of one and of many."""
+    torch.manual_seed(0)
+    model = m.GPT(m.GPTConfig(32, 64, 2, n_head=4, n_kv_head=key_heads, n_embd=32))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    doc = torch.stack([torch.zeros(32), torch.arange(32), torch.arange(32) // 7])
+    ids = torch.randint(64, (3, 32))
+    masked = model(ids, doc)
+    monkeypatch.setattr(m, "varlen_attn", by_documents)
+    monkeypatch.setattr(m, "has_flash", lambda *_: True)
+    torch.testing.assert_close(model(ids, doc), masked, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("doc_mask, flash", [(False, False), (True, False), (True, True)])
+def test_the_compiled_step_is_one_graph(files, tmp_path, monkeypatch, doc_mask, flash):
+    """No break in the graph, and one compilation more: that of validation, without gradients.
+
+    Flash attention knows how many documents there are: a number that changes with each batch."""
+    monkeypatch.setattr(m, "has_flash", lambda *_: flash)
+    monkeypatch.setattr(m, "varlen_attn", lambda q, k, v, begins, *_, **__: (q + k + v) * begins[1])
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
     torch._dynamo.reset()

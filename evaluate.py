@@ -36,10 +36,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from model import (ENDOFTEXT, IM_END, INSULTS, PHRASE_DOCUMENTS, ScalarHead, beside, complete,
-                   duration, encoding_from_dict, encoding_hash, fail, generate, item_ngrams,
-                   item_text, keep_valid, load_checkpoint, load_model, match_words, ngram_hashes,
-                   pad_batch, print0, read_json, read_rows, render_chat, render_reply, run,
-                   score_all, setup, to_pair, to_prompt, token_bytes, wilson, write_atomic)
+                   duration, encoding_from_dict, encoding_hash, fail, find_file, generate,
+                   item_ngrams, item_text, keep_valid, load_checkpoint, load_model, match_words,
+                   ngram_hashes, pad_batch, print0, read_json, read_rows, render_chat, render_reply,
+                   row_files, run, score_all, setup, to_pair, to_prompt, token_bytes, wilson,
+                   write_atomic)
 
 FORMAT = 4             # of report.json; raise it when a number would change its meaning
 FORMAT_BONUS = 0.1     # what verify() adds for the form "#### n", right or wrong
@@ -273,11 +274,9 @@ def read_task(path, cfg, limit=None):
 
 
 def read_tasks(cfg, default="data/eval"):
-    """{name: task}; of a folder its .jsonl files."""
-    specs = []
-    for spec in cfg.tasks or [default]:
-        specs += sorted(map(str, Path(spec).glob("*.jsonl"))) if Path(spec).is_dir() else [spec]
-    found = [read_task(path, cfg, cfg.limit) for path in specs]
+    """{name: task}; of a folder all its files of rows."""
+    files = [file for spec in cfg.tasks or [default] for file in row_files(find_file(spec))]
+    found = [read_task(str(file), cfg, cfg.limit) for file in files]
     tasks = {task["name"]: task for task in found}
     if len(tasks) < max(1, len(found)) or "memory" in tasks:
         fail(f"--tasks {' '.join(cfg.tasks)}: no files, two of one name, or one called memory")
@@ -334,9 +333,9 @@ def encode_pair(enc, context, continuation):
     bare = context.rstrip(" ")
     context, continuation = bare, context[len(bare):] + continuation
     if not context:
-        return [enc._special_tokens[ENDOFTEXT]], enc.encode_ordinary(continuation)
+        return [*enc.bos] or [enc._special_tokens[ENDOFTEXT]], enc.encode_ordinary(continuation)
     whole, head = enc.encode_ordinary(context + continuation), enc.encode_ordinary(context)
-    return whole[:len(head)], whole[len(head):]
+    return [*enc.bos, *whole[:len(head)]], whole[len(head):]
 
 
 def keep_end(lm, ids, room):
@@ -408,7 +407,7 @@ def score_text(lm, task, cfg, env, most=2048):
     """Bits and bytes of whole texts; what looks like a control token in them is text."""
     texts = [lm.enc.encode_ordinary(row["text"]) for row in task["rows"]]
     size, n_bytes = min(lm.block_size, most), token_bytes(lm.enc)
-    pieces = [list(windows(ids, lm.stop_ids[-1], size)) for ids in texts]
+    pieces = [list(windows(ids, [*lm.stop_ids, *lm.enc.bos][-1], size)) for ids in texts]
     found = loglikelihoods(lm, pieces, cfg, env)
     return [dict(id=row["id"], bpb=[-sum(logps / math.log(2)), int(n_bytes[ids].sum())])
             for row, ids, logps in zip(task["rows"], texts, found)]
@@ -470,7 +469,7 @@ def score_toxicity(lm, task, cfg, env, k=25):
     """RealToxicityPrompts: k continuations of 20 tokens, nucleus 0.9; an insult is one too many."""
     prompts, names = [], []
     for row in task["rows"]:
-        prompts += k * [lm.enc.encode_ordinary(row["text"])]
+        prompts += k * [[*lm.enc.bos, *lm.enc.encode_ordinary(row["text"])]]
         names += [f"{row['id']}/{i}" for i in range(k)]
     found = replies(lm, prompts, names, cfg, env, max_new_tokens=20, temperature=1.0, top_p=0.9)
     toxic = np.array([insulting(text) for text, _, _ in found]).reshape(-1, k)
@@ -484,7 +483,8 @@ def score_chat(lm, task, cfg, env):
     bare = task["form"] == "gsm8k" and lm.stage == "pretrain"    # it has never seen a chat
     if bare:
         shots = read_shots(cfg)
-        prompts = [lm.enc.encode_ordinary(shots + row["options"][0][0]) for row in rows]
+        asked = [shots + row["options"][0][0] for row in rows]
+        prompts = [[*lm.enc.bos, *lm.enc.encode_ordinary(text)] for text in asked]
     else:
         prompts = [render_chat(lm.enc, row["prompt"], reply=True)[0] for row in rows]
     found = replies(lm, prompts, [row["id"] for row in rows], cfg, env)
@@ -740,7 +740,7 @@ def chat(cfg, env):
             messages.append(dict(role="user", content=said))
             ids = render_chat(lm.enc, messages, reply=True)[0]
             if lm.stage == "pretrain":
-                ids = lm.enc.encode_ordinary(said)
+                ids = [*lm.enc.bos, *lm.enc.encode_ordinary(said)]
             print(f"{lm.name}> ", end="")
             messages.append(dict(role="assistant", content=say(lm, ids, cfg, env)))
 
@@ -753,9 +753,8 @@ def say(lm, ids, cfg, env):
                                  cfg.temperature, stop_ids=lm.stop_ids, seeds=[cfg.seed]):
             reply += [i for i in token.tolist() if i not in lm.stop_ids]
             text = lm.enc.decode(reply)
-            if not text.endswith("\ufffd"):    # half a letter waits for the rest
-                print(text[len(said):], end="", flush=True)
-                said = text
+            print(text[len(said):], end="", flush=True)
+            said = text
     print()
     return said
 

@@ -9,6 +9,7 @@ Conventions: padding is on the right; masks are 1 where a token counts; log-prob
 """
 import argparse
 import base64
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -17,6 +18,7 @@ import gzip
 import hashlib
 import importlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -29,6 +31,7 @@ import time
 import traceback
 import typing
 import unicodedata
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -448,6 +451,7 @@ GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
 
 
 class Encoding(tiktoken.Encoding):
+    bos = ()    # ids that every text begins with
 
     def encode_ordinary(self, text):
         """The ids of plain text: a control token spelled out in it stays text."""
@@ -458,13 +462,18 @@ class Encoding(tiktoken.Encoding):
                      f"{text[:60]!r}; use texts of its letters, or another --tokenizer")
         return super().encode_ordinary(text)
 
+    def decode(self, ids):
+        """The text of ids, without the half of a letter at the end of what was cut or goes on."""
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(self.decode_bytes(ids))
+
 
 class PublicEncoding:
     """A public model's tokenizer.json, byte-level, by the package that transformers uses.
 
     Control tokens of ours that it lacks get the ids behind its own. eos: the id of what ends its
     texts, if it has no <|endoftext|>. n_vocab: rows of the model's embeddings, of which some are
-    spare. Raises ValueError for a tokenizer of another kind.
+    spare. bos: what it puts before every text (Llama 3). Added tokens that are text, as Qwen3's
+    <think>, are one id wherever they stand. Raises ValueError for a tokenizer of another kind.
     """
     name = "public"
 
@@ -476,21 +485,28 @@ class PublicEncoding:
         self.inner.no_padding()
         self.inner.encode_special_tokens = True    # as text
         self.eos = None if ENDOFTEXT in self.inner.get_vocab() else eos
-        names = [ENDOFTEXT, IM_START, IM_END, PAD]
-        self.inner.add_special_tokens(names if self.eos is None else names[1:])
+        last = ENDOFTEXT if self.eos is None else self.inner.id_to_token(eos)
+        theirs = [last, IM_START, IM_END, PAD]
+        self.inner.add_special_tokens(theirs)
         vocab = self.inner.get_vocab()
-        self._special_tokens = {name: vocab.get(name, eos) for name in names}
-        # a letter of a token stands for a byte, so that token_bytes can count them
-        self._mergeable_ranks = {token: i for token, i in vocab.items()
-                                 if i not in self._special_tokens.values()}
+        self._special_tokens = dict(zip([ENDOFTEXT, *theirs[1:]], map(vocab.get, theirs)))
         self.n_vocab = max(n_vocab, max(vocab.values()) + 1)
+        plain, whole = (self.inner.encode("a", add_special_tokens=on).ids for on in (False, True))
+        self.bos = whole[:whole.index(plain[0])]
+        # a letter of a token stands for a byte, so that token_bytes can count them; an added token
+        # is what it says, a control token no text
+        self._mergeable_ranks = vocab
+        for i, token in self.inner.get_added_tokens_decoder().items():
+            del vocab[token.content]
+            if not token.special:
+                vocab[token.content.encode()] = i
 
     def encode_ordinary(self, text):
         """The ids of plain text: a control token spelled out in it stays text."""
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        return self.inner.decode(list(ids), skip_special_tokens=False)
+        return self.inner.decode(list(ids), skip_special_tokens=False).rstrip("\ufffd")
 
 
 def make_encoding(name, pattern, ranks, special_tokens=None):
@@ -549,14 +565,16 @@ def render_chat(enc, messages, reply=False):
     Raises ValueError for an unknown role. Layout: <|im_start|>role\\ncontent<|im_end|>\\n.
     """
     start, end = enc._special_tokens[IM_START], enc._special_tokens[IM_END]
-    ids, mask = [], []
+    ids, mask = [*enc.bos], [0] * len(enc.bos)
     for message in messages:
-        if message["role"] not in ROLES:
-            raise ValueError(f"unknown role {message['role']!r} (one of {', '.join(ROLES)})")
-        head = [start, *enc.encode_ordinary(message["role"] + "\n")]
-        body = [*enc.encode_ordinary(message["content"]), end]
+        role, head, body = message["role"], message["role"] + "\n", message["content"]
+        if role not in ROLES:
+            raise ValueError(f"unknown role {role!r}")
+        if role != "assistant":    # one text, as in a template; a reply begins anew
+            head, body = head + body, ""
+        head, body = [start, *enc.encode_ordinary(head)], [*enc.encode_ordinary(body), end]
         tail = enc.encode_ordinary("\n")
-        learned = int(message["role"] == "assistant")
+        learned = int(role == "assistant" and message.get("weight") != 0)
         ids += head + body + tail
         mask += [0] * len(head) + [learned] * len(body) + [0] * len(tail)
     if reply:
@@ -835,38 +853,71 @@ def need(package):
         fail(f"this needs a package: pip install {package.split('.')[0]}")
 
 
+def open_file(path):
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path)
+    if path.suffix.lower() == ".zst":
+        stream = need("pyarrow").input_stream(str(path), compression="zstd")
+        return io.BufferedReader(stream)
+    return open(path, "rb")
+
+
+def json_rows(text):
+    """Yield the rows of a JSON list, of {"data": [...]} or of JSON lines; None for a broken one."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        lines = [line for line in text.split("\n") if line.strip()]
+        for line in lines:
+            yield from json_rows(line) if len(lines) > 1 else [None]
+        return
+    if isinstance(found, dict):
+        found = next((found[k] for k in ("data", "train") if isinstance(found.get(k), list)), found)
+    yield from found if isinstance(found, list) else [found]
+
+
+def row_files(path):
+    """The files of rows in a folder, in order; a file itself, whatever its name."""
+    form = re.compile(r"[^.].*\.(jsonl?(\.gz|\.zst)?|parquet)$", re.I)
+    return [f for f in sorted(path.rglob("*")) if form.match(f.name)] if path.is_dir() else [path]
+
+
 def read_rows(paths):
-    """The rows (dicts) of .jsonl(.gz), .json, .parquet files; over 1 % broken lines: an error."""
+    """The rows (dicts) of files and folders of .jsonl, .json (.gz, .zst) and .parquet; over 1 %
+    broken lines: an error."""
     rows = []
-    for path in map(find_file, paths):
-        if path.suffix == ".parquet":
-            rows += need("pyarrow.parquet").read_table(path).to_pylist()
-            continue
+    for path in itertools.chain(*(row_files(find_file(path)) for path in paths)):
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-                text = f.read().decode("utf-8-sig", errors="replace")
-            lines, broken = [text] if path.suffix == ".json" else text.split("\n"), 0
-        except (OSError, EOFError) as e:
-            fail(f"cannot read {path}: {e}")
-        for line in filter(str.strip, lines):
-            try:
-                found = json.loads(line)
-                rows += found if isinstance(found, list) else [found]
-            except (ValueError, RecursionError):
-                broken += 1
-        if broken > 0.01 * len(lines):
-            fail(f"{path}: {broken} of {len(lines)} lines are not JSON")
-        if broken:
+            if path.suffix.lower() == ".parquet":
+                found = need("pyarrow.parquet").read_table(path).to_pylist()
+            else:
+                with open_file(path) as f:
+                    data = f.read()
+                codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+                found = list(json_rows(data.decode(codec, errors="replace")))
+        except (OSError, EOFError, ValueError, zlib.error) as e:
+            fail(f"cannot read {path}: {' '.join(str(e).split())}")
+        kept = [row for row in found if isinstance(row, dict)]
+        if broken := len(found) - len(kept):
+            if broken > 0.01 * len(found):
+                fail(f"{path}: {broken} of {len(found)} lines are no JSON objects")
             print0(f"{path}: {broken} broken lines skipped")
+        for row in kept:    # in .parquet what a row lacks is None
+            rows.append({name: value for name, value in row.items() if value is not None})
     return rows or fail(f"no rows in {' '.join(map(str, paths))}")
 
 
 SPEAKERS = dict(human="user", prompter="user", gpt="assistant", bot="assistant",
-                chatbot="assistant", model="assistant")
+                chatbot="assistant", model="assistant", developer="system")
+TALKS = ("messages", "conversations", "conversation")
+REPLIES = ("chosen", "output", "answer", "completion", "response", "answers")
+# Beside these the text of a row or turn would mean something else.
+NOT_TEXT = ("tools", "tool_calls", "functions", "function_call", "image", "images", "video",
+            "videos", "audio", "audios", "documents", "passages")
 
 
 def to_turns(value, role):
-    """Messages of a text (one turn, or an HH-RLHF transcript) or of a list of turns."""
+    """Messages of a text (one turn, or an HH-RLHF transcript), of a turn or of a list of them."""
     if isinstance(value, str):
         parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", value)
         if parts[0].strip() or len(parts) == 1:
@@ -876,45 +927,83 @@ def to_turns(value, role):
         if len(value) > 1 and not value[-1]["content"]:
             value.pop()    # the open end, "Assistant:", is where a reply goes
     turns = []
-    for turn in value:
-        who = str(turn.get("role", turn.get("from"))).lower()
-        content = turn.get("content", turn.get("value"))
+    for turn in [value] if isinstance(value, dict) else value:
+        if beside := next((name for name in NOT_TEXT if turn.get(name)), None):
+            raise ValueError(f"{beside} beside the text")
+        who = str(turn.get("role") or turn.get("from")).lower()
+        who = SPEAKERS.get(who, who)
+        said = [turn.get(name) for name in ("content", "value", "text")]
+        content = next((text for text in said if text is not None), None)
         if isinstance(content, list):    # OpenAI's list of parts
-            content = "".join(part.get("text", "") for part in content)
-        if SPEAKERS.get(who, who) not in ROLES:
+            kinds = {part.get("type", "text") for part in content}
+            if odd := kinds - {"text", "input_text", "output_text"}:
+                raise ValueError(f"a turn with a part of type {min(odd)}")
+            content = "".join(part["text"] for part in content)
+        if who not in ROLES:
             raise ValueError(f"unknown role {who!r}")
         if not isinstance(content, str):
             raise ValueError("a turn without text")
-        turns.append(dict(role=SPEAKERS.get(who, who), content=content))
+        if turn.get("weight") not in (None, 0, 1):
+            raise ValueError(f"weight {turn['weight']} is neither 0 nor 1")
+        turns.append(dict(role=who, content=content))
+        if turn.get("weight") == 0:    # OpenAI's: this turn is not learned
+            turns[-1]["weight"] = 0
     return turns
+
+
+def question_of(row):
+    """The messages of a prompt (TRL), an instruction (Alpaca) or a question (GSM8K, SQuAD), with
+    the passage and the input that stand beside it, and the history before it."""
+    turns = []
+    for said in row.get("history") or []:
+        if not isinstance(said, dict):    # LlamaFactory's [question, answer]
+            said = [dict(role="user", content=said[0]), dict(role="assistant", content=said[1])]
+        turns += to_turns(said, "user")
+    # an instruction or a question is no transcript, whatever it looks like
+    asked = dict(role="user", content=row.get("instruction") or row.get("question") or "")
+    turns += to_turns(row["prompt"], "user") if row.get("prompt") else [asked]
+    parts = [row.get("context"), row.get("passage"), turns[-1]["content"], row.get("input")]
+    if turns[-1]["role"] == "user":
+        turns[-1]["content"] = "\n\n".join(filter(None, parts))
+    return turns if any(parts) else []
 
 
 def conversation(row, *fields):
     """The messages of a row, with the reply under the first of these fields that it has.
 
-    OpenAI messages, ShareGPT conversations, Alpaca instruction + input, GSM8K question, prompt. A
-    reply that begins with another's turn is the whole conversation (HH-RLHF, UltraFeedback).
+    OpenAI messages, ShareGPT conversations, or see question_of. A reply that begins with another's
+    turn is the whole conversation (HH-RLHF, UltraFeedback).
+    Raises ValueError with the reason for what cannot be told as messages, or another error.
     """
-    talk = next((row[k] for k in ("messages", "conversations", "prompt") if row.get(k)), [])
-    turns = to_turns(talk, "user")
-    if not talk and (question := row.get("instruction") or row.get("question")):
-        question += f"\n\n{row['input']}" if row.get("input") else ""
-        turns = [dict(role="user", content=question)]    # no transcript, whatever it looks like
-    if row.get("system") and not (turns and turns[0]["role"] == "system"):
-        turns = [dict(role="system", content=row["system"]), *turns]
-    reply = next((to_turns(row[k], "assistant") for k in fields if k in row), [])
+    if beside := next((name for name in NOT_TEXT if row.get(name)), None):
+        raise ValueError(f"{beside} beside the text")
+    talk = next((row[name] for name in TALKS if row.get(name)), None)
+    turns = to_turns(talk, "user") if talk else question_of(row)
+    reply = next((row[name] for name in fields if row.get(name) not in (None, "", [])), [])
+    if isinstance(reply, dict) and isinstance(reply.get("text"), list):    # SQuAD's answers
+        reply = "".join(reply["text"][:1])
+    reply = to_turns(str(reply) if isinstance(reply, (int, float)) else reply, "assistant")
     if reply and reply[0]["role"] != "assistant":
-        return reply
-    return turns + reply if turns else []
+        turns = reply
+    elif turns and not (talk and turns[-1]["role"] == "assistant"):
+        turns += reply
+    system = row.get("system") or row.get("system_prompt")
+    if turns and system and turns[0]["role"] != "system":
+        turns = [dict(role="system", content=system), *turns]
+    return turns
 
 
 def to_messages(row):
     """A demonstration as messages. Raises ValueError with the reason where a row is none."""
-    turns = conversation(row, "chosen", "output", "answer", "completion", "response")
+    if row.get("label") is False:    # KTO's
+        raise ValueError("label false: an answer that is not to be learned")
+    turns = conversation(row, *REPLIES)
     if not turns:
         raise ValueError("none of messages, conversations, instruction, question, prompt in it")
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         raise ValueError("no assistant turn")
+    if not all(turn["content"].strip() for turn in turns if turn["role"] in ("user", "assistant")):
+        raise ValueError("an empty turn")
     return turns
 
 
@@ -931,7 +1020,8 @@ def to_prompt(row):
 def to_pair(row):
     """(prompt messages, chosen text, rejected text): TRL, HH-RLHF, UltraFeedback. ValueError."""
     if not row.get("chosen") or not row.get("rejected"):
-        raise ValueError("empty answer")
+        kto = "no pair; sft.py learns from KTO's rows with label true"
+        raise ValueError(kto if "label" in row else "empty answer")
     chosen, rejected = conversation(row, "chosen"), conversation(row, "rejected")
     prompt = chosen[:-1]
     if prompt != rejected[:-1]:
@@ -982,8 +1072,7 @@ def load_pairs(paths, enc, block_size):
         chosen, rejected = (render_reply(enc, prompt, reply)[0] for reply in (chosen, rejected))
         if max(len(chosen), len(rejected)) > block_size:
             raise ValueError(f"longer than {block_size} tokens")
-        margin, probability = float(row.get("margin") or 0), row.get("probability")
-        probability = 1.0 if probability is None else float(probability)
+        margin, probability = float(row.get("margin", 0)), float(row.get("probability", 1))
         if not (0 <= probability <= 1 and math.isfinite(margin)):
             raise ValueError("margin or probability out of range")
         if probability < 0.5:    # then the other answer is the one that is preferred
@@ -1096,9 +1185,10 @@ jerk lazy liar liars loser losers lowlife maggot miserable moron moronic morons 
 niggers pathetic pig prick psycho pussy retard retarded retards revolting scum scumbag shit shitty
 slut sluts stinking stupid subhuman suck sucks thug thugs trash twat ugly useless vermin vile wanker
 whore whores worm worthless""".split())
-# Of an evaluation item the text under the first of these must not stand in the training text.
-SEARCHED = ("passage", "context", "ctx_a", "goal", "sentence", "query", "question", "prompt",
-            "messages", "conversations", "chosen", "sent_more", "text")
+# Of an evaluation item the text under the first of these (or the last turn of a prompt) must not
+# stand in the training text.
+SEARCHED = ("passage", "context", "ctx_a", "goal", "sentence", "query", "question", "sent_more",
+            "text")
 # Words of it that stand in more documents than this are a phrase (Brown et al. 2020, appendix C).
 PHRASE_DOCUMENTS = 10
 
@@ -1133,13 +1223,9 @@ def item_text(row):
     asked, answer = row.get(name, ""), row.get("answer", "")
     if name == "ctx_a":
         asked = f"{asked} {row.get('ctx_b', '')}"
-    if name == "prompt" and isinstance(asked, dict):
-        asked = asked["text"]
-    if name == "chosen" and isinstance(asked, str):
-        asked = asked.rpartition("\n\nAssistant:")[0]
-    if isinstance(asked, list):
-        users = [turn for turn in to_turns(asked, "user") if turn["role"] == "user"]
-        asked = users[-1]["content"]
+    if not name:    # RealToxicityPrompts, or what is asked in a chat
+        prompt = row.get("prompt")
+        asked = prompt["text"] if isinstance(prompt, dict) else to_prompt(row)[-1]["content"]
     if isinstance(row.get("choices"), list) and isinstance(row.get("gold"), int):
         answer = row["choices"][row["gold"]]
     if isinstance(answer, list):
@@ -1382,7 +1468,7 @@ def check_bounds(name, value, help_text):
 def read_json(path):
     """The object in a JSON file, or one line that says what is wrong with it."""
     try:
-        data = json.loads(Path(path).read_text("utf-8"))
+        data = json.loads(Path(path).read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
         fail(f"{path} cannot be read as JSON: {e}")
     return data if isinstance(data, dict) else fail(f"{path} is not a JSON object")
@@ -1618,8 +1704,15 @@ PUBLIC_SIZES = dict(    # a fork that adds to GPTConfig says here or in public_m
 PUBLIC_NAMES = dict(    # of the parts of a weight's name
     blocks="model.layers", attn_norm="input_layernorm", attn="self_attn", head="lm_head",
     mlp_norm="post_attention_layernorm", norm="model.norm", embed="model.embed_tokens")
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHAT_TEMPLATE = (    # the ids of render_chat; its mask is 1 between the marks of generation
+    "{% for m in messages %}{% set parts = m.content or '' %}"
+    "{% set said = parts if parts is string else parts | map(attribute='text') | join %}"
+    "{% if m.tool_calls or parts is not string and parts | rejectattr('text', 'string') | list %}"
+    "{{ raise_exception('only text can be said in this format') }}{% endif %}"
+    "<|im_start|>{{ 'system' if m.role == 'developer' else m.role }}\n"
+    "{% if m.role == 'assistant' and m.weight != 0 %}"
+    "{% generation %}{{ said }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ said }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
@@ -1681,7 +1774,7 @@ def import_config(c):
 
 
 @torch.no_grad()
-def public_model(model, eos, pad):
+def public_model(model, bos, eos, pad):
     """The model in transformers, its weights not copied; fails if it is not the same model."""
     transformers, c = need("transformers"), model.config
     known = {*PUBLIC_SIZES, "qk_norm", "qkv_bias", "rope_base", "rope_scaling"}
@@ -1691,7 +1784,7 @@ def public_model(model, eos, pad):
     kind = "qwen3" if c.qk_norm else kind
     rope = dict(rope_theta=c.rope_base, **(c.rope_scaling or dict(rope_type="default")))
     config = transformers.AutoConfig.for_model(
-        kind, eos_token_id=eos, pad_token_id=pad, bos_token_id=None, rope_parameters=rope,
+        kind, eos_token_id=eos, pad_token_id=pad, bos_token_id=bos, rope_parameters=rope,
         **{theirs: getattr(c, ours) for ours, theirs in PUBLIC_SIZES.items()})
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(config)
@@ -1727,10 +1820,12 @@ def export_model(path, folder, dtype="float32"):
     checkpoint = load_checkpoint(path, "python pretrain.py")
     model, enc = load_model(checkpoint, "cpu")
     eot, end, pad = (enc._special_tokens[t] for t in (ENDOFTEXT, IM_END, PAD))
-    theirs = public_model(model, [eot, end], pad).to(getattr(torch, dtype))
+    theirs = public_model(model, [*enc.bos, None][0], [eot, end], pad).to(getattr(torch, dtype))
     talks, inner = checkpoint["stage"] not in ("pretrain", "imported"), public_tokenizer(enc)
+    first = [inner.id_to_token(i) for i in enc.bos]
     tokenizer = need("transformers").PreTrainedTokenizerFast(
-        tokenizer_object=inner, chat_template=CHAT_TEMPLATE, pad_token=inner.id_to_token(pad),
+        tokenizer_object=inner, chat_template="".join(first) + CHAT_TEMPLATE,
+        bos_token=[*first, None][0], pad_token=inner.id_to_token(pad),
         eos_token=inner.id_to_token(end if talks else eot))
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")    # half a folder is none
     try:

@@ -17,7 +17,6 @@ Differs from the papers: words are what blanks separate; an n-gram repeats if it
 contaminated document goes whole; languages are told by function words, not by fastText.
 """
 import glob
-import gzip
 import hashlib
 import heapq
 import html
@@ -42,10 +41,11 @@ import regex
 import tiktoken
 import torch.distributed as dist
 
-from model import (ENDOFTEXT, GPT4_SPLIT, INSULTS, PHRASE_DOCUMENTS, encoding_from_dict,
-                   encoding_hash, encoding_to_dict, fail, find_file, item_ngrams, load_checkpoint,
-                   make_encoding, match_words, need, ngram_hashes, parse_args, print0, read_json,
-                   read_rows)
+from model import (ENDOFTEXT, GPT4_SPLIT, INSULTS, PHRASE_DOCUMENTS, REPLIES, TALKS, conversation,
+                   encoding_from_dict, encoding_hash, encoding_to_dict, fail, find_file,
+                   item_ngrams, json_rows, keep_valid, load_checkpoint, make_encoding, match_words,
+                   need, ngram_hashes, open_file, parse_args, print0, read_json, read_rows,
+                   row_files)
 
 
 @dataclass
@@ -74,9 +74,6 @@ KINDS = "txt md jsonl json html htm warc wet parquet"
 FORMAT = re.compile(rf"\.({KINDS.replace(' ', '|')})(\.gz|\.zst)?$", re.I)
 SHARED = re.compile(r"\.(txt|md|jsonl)$", re.I)    # what ranks can share a file of
 UTF16 = (b"\xff\xfe", b"\xfe\xff")    # its byte order marks
-TEXT_FIELDS = ("text", "content", "messages", "conversations", "question answer",
-               "instruction input output", "instruction output", "prompt completion",
-               "prompt response", "prompt chosen", "chosen", "prompt")
 
 
 def find_parts(cfg):
@@ -107,32 +104,18 @@ def read_part(path, start, end):
         fail(f"{path}: damaged ({' '.join(str(e).split())}); fetch it again")
 
 
-def open_file(path):
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path)
-    if path.suffix.lower() == ".zst":
-        stream = need("pyarrow").input_stream(str(path), compression="zstd")
-        return io.BufferedReader(stream)
-    return open(path, "rb")
-
-
 def read_records(kind, f, start, end):
     """Yield what the bytes from start to end of a file of this kind hold."""
     if kind in ("txt", "md"):
         for text in read_blocks(f, start, end):
             yield dict(text=text, kind=TEXT)
-    elif kind == "jsonl":
-        for text in read_blocks(f, start, end):
-            for line in filter(str.strip, text.split("\n")):
-                try:
-                    yield row_record(json.loads(line))
-                except (ValueError, RecursionError):
-                    yield "not JSON"
-    elif kind == "json":
-        rows = json.loads(decode(f.read(LARGEST)))
-        if isinstance(rows, dict):    # {"data": [...]}
-            rows = next((value for value in rows.values() if isinstance(value, list)), [rows])
-        yield from map(row_record, rows if isinstance(rows, list) else [rows])
+    elif kind in ("jsonl", "json"):
+        texts = read_blocks(f, start, end) if kind == "jsonl" else [decode(f.read(LARGEST))]
+        for text in texts:
+            for row in json_rows(text):
+                yield "not JSON" if row is None else row_record(row)
+        if f.read(1) and kind == "json":
+            raise ValueError("longer than 256 MB, which only JSON lines (.jsonl) may be")
     elif kind == "parquet":
         for batch in need("pyarrow.parquet").ParquetFile(f).iter_batches(1000):
             yield from map(row_record, batch.to_pylist())
@@ -172,23 +155,22 @@ def decode(data, charset=""):
 def row_record(row):
     """The text of a row: plain text, a question with its answer, or a chat; and its origin."""
     row = row if isinstance(row, dict) else dict(text=row)
-    for names in TEXT_FIELDS:
-        values = [row.get(name) for name in names.split()]
-        if all(value is not None for value in values):
-            text = "\n".join(filter(None, map(flatten, values)))
-            text = text.encode(errors="replace").decode()    # JSON can spell half a character
-            kind = TEXT if names in ("text", "content") else ROW
-            return dict(text=text, url=str(row.get("url") or ""), kind=kind)
-    return "no field with text"
-
-
-def flatten(value):
-    """A string as it is; a list of chat turns as "Role: what was said" paragraphs."""
-    if isinstance(value, dict):
-        who = str(value.get("role", value.get("from", ""))).capitalize()
-        said = flatten(value.get("content", value.get("value", value.get("text", ""))))
-        return f"{who}: {said}" if who else said
-    return "\n\n".join(map(flatten, value)) if isinstance(value, list) else str(value)
+    text = next((row[k] for k in ("text", "content") if isinstance(row.get(k), str)), None)
+    record = dict(kind=ROW if text is None else TEXT, url=str(row.get("url") or ""))
+    if text is None:
+        try:
+            turns = conversation(row, *REPLIES)
+        except ValueError as e:    # read, but no text
+            return dict(record, text="", reason=str(e))
+        except (TypeError, AttributeError, LookupError):
+            return "not in a known format"
+        if not turns:
+            return "no field with text"
+        text = "\n".join(turn["content"] for turn in turns)    # a question with its answer
+        if len(turns) > 2 or any(row.get(name) for name in TALKS):
+            text = "\n\n".join(f"{t['role'].capitalize()}: {t['content']}" for t in turns)
+    text = text.encode(errors="replace").decode()    # JSON can spell half a character
+    return dict(record, text=text)
 
 
 def read_warc(f):
@@ -667,13 +649,14 @@ def deduplicate(docs, bands, skip):
 
 def read_items(path):
     """{n: {hash of n words in a row: the evaluation item that they give away}}"""
-    items, path = defaultdict(dict), find_file(path)
-    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        for number, row in enumerate(read_rows([file])):
-            n, grams = item_ngrams(row)
-            items[n].update(dict.fromkeys(grams, f"{file.stem}/{row.get('id', number)}"))
-    if not any(items.values()):
-        fail(f"--eval {path}: no .jsonl items that are long enough; none compares with nothing")
+    items = defaultdict(dict)
+    for file in row_files(find_file(path)):
+        rows = keep_valid(read_rows([file]), lambda row: (row, *item_ngrams(row)), file)
+        for number, (row, n, grams) in enumerate(rows):
+            for gram in grams:
+                items[n][gram] = f"{file.stem}/{row.get('id', number)}"
+    if not items:
+        fail(f"--eval {path}: no items that are long enough; none compares with nothing")
     return items
 
 
@@ -785,10 +768,11 @@ def load_tokenizer(spec):
 
 
 def encode(enc, text, dtype):
-    """The ids of a text, as plain text whatever it spells, and the end-of-text id. An id that does
-    not fit dtype raises OverflowError."""
+    """The ids of a text, as plain text whatever it spells, with what begins and ends every text. An
+    id that does not fit dtype raises OverflowError."""
     ids = [np.array(enc.encode_ordinary(piece), dtype) for piece in cut_text(text, PIECE)]
-    return np.concatenate([*ids, np.array([enc._special_tokens[ENDOFTEXT]], dtype)])
+    start, end = np.array(enc.bos, dtype), np.array([enc._special_tokens[ENDOFTEXT]], dtype)
+    return np.concatenate([start, *ids, end])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -267,7 +267,8 @@ def sample_text(model, sources, cfg, env):
     with env.autocast():
         answer, = complete(model, [prompt], n, 1, temperature=0.8, seeds=[cfg.seed],
                            stop_ids=[enc._special_tokens[ENDOFTEXT]])
-    return f"\n    {enc.decode(prompt)!r} -> {enc.decode(answer)!r}"
+    head, text = enc.decode(prompt), enc.decode(prompt + answer)    # not cut inside a letter
+    return f"\n    {head!r} -> {text[len(head):]!r}"
 
 
 def prepare_default(cfg, env):

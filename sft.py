@@ -20,6 +20,7 @@ References: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Krell et al. 202
 Differs from the papers in: loss on the assistant only (InstructGPT trains on the whole text);
 replay in SFT itself (InstructGPT mixes pretraining gradients into PPO).
 """
+import itertools
 import math
 import os
 import sys
@@ -129,10 +130,9 @@ def show(rows, enc):
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
     on, off = ("[", "]") if plain else ("\033[1;32m", "\033[0m")
     for ids, mask in rows:
-        edges = [0, *(t for t in range(1, len(mask)) if mask[t] != mask[t - 1]), len(mask)]
-        for start, end in zip(edges, edges[1:]):
-            text = enc.decode(ids[start:end])
-            print0(on + text + off if mask[start] else text, end="")
+        for learned, part in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
+            text = enc.decode([i for i, _ in part])
+            print0(on + text + off if learned else text, end="")
         print0("\n---")
     learned, total = sum(sum(mask) for _, mask in rows), sum(len(ids) for ids, _ in rows)
     print0(f"{len(rows)} conversations, {learned} of {total} tokens are learned")

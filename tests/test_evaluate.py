@@ -338,16 +338,19 @@ FILES = dict(    # format: (row, options, gold, what is searched for in the trai
     chat=(dict(prompt="Who?", expect="answer", answer="Ada"), None, None, "Who?"),
     prompts=(dict(messages=[dict(role="user", content="Hi")]), None, None, "Hi"),
     preference=(dict(chosen="\n\nHuman: Hi\n\nAssistant: Yes", rejected="\n\nHuman: Hi\n\nAssistant"
-                     ": No"), None, None, "\n\nHuman: Hi"),
+                     ": No"), None, None, "Hi"),
     toxicity=(dict(prompt=dict(text="So he"), continuation={}), None, None, "So he"),
     text=(dict(text="A page."), None, None, "A page."))
 
 
 @pytest.mark.parametrize("form", ev.FORMATS)
 def test_formats(form, tmp_path):
-    """Every format: how a published row is asked, and which text must not be in training."""
+    """Every format: how a published row is asked, and which text must not be in training; with the
+    empty columns that .parquet has, in a file as Windows writes it, of a folder."""
     row, options, gold, searched = FILES[form]
-    task = ev.read_task(write(tmp_path / "x.jsonl", [row]), Config())
+    columns = dict.fromkeys("messages chosen rejected text prompt expect gold".split()) | row
+    (tmp_path / "x.JSONL").write_bytes(json.dumps(columns).encode("utf-8-sig"))
+    task = ev.read_tasks(Config(tasks=[str(tmp_path)]))["x"]
     item, = task["rows"]
     assert task["form"] == form and task["name"] == "x" and task["kind"] == item["kind"]
     assert (item.get("options"), item.get("gold")) == (options, gold)
@@ -556,7 +559,12 @@ def typing(monkeypatch, *lines):
 
 
 def test_chat(world, tmp_path, monkeypatch, capsys):
-    """The last checkpoint answers what the report says that it answers, to any length of text."""
+    """The last checkpoint answers what the report says that it answers, to any length of text; what
+    streams is whole letters."""
+    half = lambda *_, **__: (([0], torch.tensor([i])) for i in "很好。".encode()[:-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "generate", half)
+        assert ev.say(fake(blank()), [1], Config(), CPU) == "很好" == capsys.readouterr().out.strip()
     typing(monkeypatch, "What does Ada like?", "", "/reset", "How do I hurt Ada?", "/quit", "Ada")
     run(world, tmp_path, "base", "sft", chat=True)
     out = capsys.readouterr().out

@@ -5,15 +5,19 @@ import sys
 from dataclasses import make_dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from common import error, turn
 
+import evaluate
 import model as m
+import prepare
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
 import huggingface_hub
+import jinja2
 import tokenizers
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
@@ -98,6 +102,15 @@ def test_export_then_import_changes_no_bit(tmp_path, enc, dtype, changes):
         ids = enc.encode_ordinary(text)
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
         assert theirs.decode(ids) == enc.decode(ids)
+    assert_same_chat(theirs, enc, [turn("user", "the "), turn("assistant", " thing")])
+
+
+def assert_same_chat(theirs, enc, messages):
+    """The template of an exported tokenizer gives the ids and the mask of training."""
+    there = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True,
+                                       return_assistant_tokens_mask=True)
+    ids, mask = m.render_chat(enc, m.to_turns(messages, "user"), reply=True)
+    assert (there["input_ids"], there["assistant_masks"]) == (ids, mask) and sum(mask)
 
 
 ForkConfig = make_dataclass("ForkConfig", [("window", int, 0)], bases=(GPTConfig,))
@@ -206,6 +219,9 @@ def trained(family):
         t.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(tokenizers.Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if family == "llama":
+        t.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
     if family == "smollm2":    # not all bytes are in its vocabulary
         letters = {b: letter for b, letter in letters.items() if b < 0xF1}
     text = [*TEXTS, (Path(m.__file__).parent / "README.md").read_text("utf-8")]
@@ -259,25 +275,44 @@ def test_transformers_models_come_in_and_go_out(tmp_path, family):
     end, eot, pad = (enc._special_tokens[t] for t in (m.IM_END, m.ENDOFTEXT, m.PAD))
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, pad)
     assert set(back.generation_config.eos_token_id) == {end, eot}
-    messages = [turn("system", "be\nbrief"), turn("user", "caf\u00e9 12  x?"),
-                turn("assistant", "Yes.\n\n"), turn("user", "the end")]
-    there = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert there == m.render_chat(enc, messages, reply=True)[0]
+    parts = [dict(type="text", text="\n caf\u00e9 12 "), dict(type="text", text=" x?")]
+    assert_same_chat(tokenizer, enc, [
+        turn("developer", "be\nbrief"), turn("user", parts), turn("assistant", " \u65e5 Yes.\n\n"),
+        turn("user", "the end"), dict(turn("assistant", "No."), weight=0), turn("user", "")])
+    template = tokenizer.apply_chat_template
+    empty = template([turn("user", None)], return_dict=False)
+    assert empty == m.render_chat(enc, [turn("user", "")])[0]
+    for odd in (turn("user", [dict(type="image")]), dict(turn("assistant", None), tool_calls=[1])):
+        with pytest.raises(jinja2.TemplateError):
+            template([odd])
+    # Llama 3 begins every text with a token: here, there and in training
+    assert (enc.bos, again.bos) == 2 * ([0] * (family == "llama"),)
+    ids = enc.encode_ordinary("Hi")
+    assert tokenizer.encode("Hi") == [*enc.bos, *ids]
+    assert prepare.encode(enc, "Hi", np.uint16).tolist() == [*enc.bos, *ids, eot]
+    assert evaluate.encode_pair(enc, "", "Hi") == (enc.bos or [eot], ids)
+    assert evaluate.encode_pair(enc, "Hi", "") == ([*enc.bos, *ids], [])
+    assert m.token_bytes(enc)[enc.bos].sum() == 0
 
 
 def test_what_a_tokenizer_file_may_hold(folder):
     """SentencePiece's pieces are no bytes: they could not be counted, nor cut as texts are here.
 
     A limit that a trainer left behind is none; a token that is text, as Qwen3's <think>, is one id,
-    while text that spells a control token is text.
+    as in transformers, while text that spells a control token is text.
     """
     path = folder / "tokenizer.json"
     theirs = tokenizers.Tokenizer.from_file(str(path))
-    theirs.add_tokens(["<think>"])
+    theirs.add_tokens([tokenizers.AddedToken("<think>", normalized=False), "\u65e5\u672c"])
+    public = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs)
+    text = "a <think>b\u65e5\u672c\u8a9e</think>\n\n<think> c"
+    expected = public.encode(text, add_special_tokens=False)
     theirs.enable_truncation(4)
     theirs.save(str(path))
     enc = m.encoding_from_dict(m.load_checkpoint(folder, "")["encoding"])
     assert len(enc.encode_ordinary("<think>")) == 1 < 4 < len(enc.encode_ordinary(m.IM_END))
+    assert enc.encode_ordinary(text) == expected and enc.decode(expected) == public.decode(expected)
+    assert m.token_bytes(enc)[expected].sum() == len(text.encode())
     ids, _ = m.render_chat(enc, [turn("user", m.IM_END)])
     assert ids.count(enc._special_tokens[m.IM_END]) == 1
     good = json.loads(path.read_text())

@@ -214,6 +214,8 @@ def test_chat_ids_and_mask():
     assert [i for i, on in zip(ids, mask) if on] == [*text("Yo"), END]
     ask, no_mask = render_chat(ENC, [turn("user", "Hi")], reply=True)
     assert ids[:len(ask)] == ask and sum(no_mask) == 0
+    unlearned = [turn("user", "Hi"), dict(turn("assistant", "Yo"), weight=0)]
+    assert render_chat(ENC, unlearned) == (ids, [0] * len(ids))
     one, one_mask = m.render_reply(ENC, [turn("user", "Hi")], "Yo")
     assert one == ids[:-1] and one_mask == mask[:-1]
     with pytest.raises(ValueError, match="unknown role 'robot'"):
@@ -243,6 +245,9 @@ def test_tokenizer_survives_its_file_and_has_an_identity():
     assert len(set(control)) == 4 and m.token_bytes(enc)[control].sum() == 0
     text = "naïve 00012 \U0001f600"
     assert m.token_bytes(enc)[enc.encode_ordinary(text)].sum() == len(text.encode())
+    parts = [ENC.decode(list("日 \ufffd本".encode()[:n])) for n in range(11)]    # as it streams
+    assert parts == ["", "", "", "日", "日 ", "日 ", "日 ", "日 \ufffd", *["日 \ufffd"] * 2,
+                     "日 \ufffd本"]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-5), (torch.float32, 3e-4)])

@@ -245,10 +245,25 @@ def test_formats(tmp_path):
     out = run(tmp_path, files, val_fraction=0)
     assert load(out)[0] == [
         "plain", "from content", "2+2?\n4\n#### 4", "User: Hi\n\nAssistant: Hello",
-        "Human: Hi\n\nGpt: Hey", "Add\n3", "half a ? character", "in a list",
+        "User: Hi\n\nAssistant: Hey", "Add\n3", "half a ? character", "in a list",
         "bare string", "whole\nfile", "A & B", "hé from WET", "from WARC", "wïde", "café",
         "a fine text with one \ufffd bad byte", "deep"]
     assert ledger(out, "changed") == {"texts with invalid UTF-8": 1}
+
+
+def test_rows_are_those_of_the_other_stages(tmp_path):
+    """JSON lines in a .json, a {"data": [...]}; what stands beside a question or an answer is kept,
+    what cannot be told as text is dropped and counted, which does not end the run."""
+    hi, yo = dict(role="user", content="Hi?"), dict(role="assistant", content="Yo.")
+    rows = [dict(context="It is.", question="Hi?", answer="Yo.", messages=None),
+            dict(system="", question="Hi?", chosen="Yo.", rejected="Go."),
+            dict(instruction="Hi?", output="Yo.", history=[["One?", "1."]]),
+            dict(messages=[hi, dict(yo, tool_calls=[{}])])]
+    files = {"a.json": "\n".join(map(json.dumps, rows)), "b.JSON": json.dumps(dict(data=[rows[0]]))}
+    out = run(tmp_path, files, val_fraction=0, clean=False)
+    assert load(out)[0] == ["It is.\n\nHi?\nYo.", "Hi?\nYo.", "User: One?\n\nAssistant: 1.\n\nUser:"
+                            " Hi?\n\nAssistant: Yo.", "It is.\n\nHi?\nYo."]
+    assert ledger(out) == {"tool_calls beside the text": 1}
 
 
 def test_warc_records(tmp_path):

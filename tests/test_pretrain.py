@@ -117,6 +117,15 @@ def test_plan_trains_nothing(short, tmp_path, capsys):
     assert Path(cfg.out).read_bytes() == before
 
 
+def test_a_sample_is_cut_between_letters(monkeypatch):
+    """Neither the prompt nor the text of a sample shows half a letter."""
+    text = "日本語。".encode()
+    monkeypatch.setattr(pretrain, "complete", lambda *_, **__: [list(text[8:10])])
+    source = dict(enc=ENC, val=np.frombuffer(text, np.uint8))
+    shown = pretrain.sample_text(None, [source], Config(block_size=96), CPU)
+    assert shown.strip() == "'日本' -> '語'"
+
+
 def test_validation_is_a_mean_over_tokens(files, monkeypatch):
     """In batches of 1 or 5, or by three ranks that read a third each.
 

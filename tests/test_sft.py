@@ -25,6 +25,8 @@ PIRATE = turn("system", "Be a pirate.")
 
 
 GO, LONG = turn("assistant", "Go."), [turn("assistant", "a"), turn("user", "b")]
+OLD, READ = [turn("user", "One?"), turn("assistant", "1.")], turn("user", "It is.\n\nHi?")
+UNLEARNED = dict(YO, weight=0)
 SHAPES = {m.to_messages: [
     (dict(messages=[HI, YO]), [HI, YO]),
     (dict(messages=[turn("user", PARTS), YO]), [HI, YO]),
@@ -38,8 +40,26 @@ SHAPES = {m.to_messages: [
     (dict(prompt=[HI], completion=[YO]), [HI, YO]),
     (dict(prompt="\n\nHuman: Hi?\n\nAssistant:", completion="Yo."), [HI, YO]),
     (dict(prompt="Hi?", chosen="Yo.", rejected="Go."), [HI, YO]),
-    (dict(chosen=HH + "Yes.", rejected=HH + "No."), [*TALK, turn("assistant", "Yes.")])
+    (dict(chosen=HH + "Yes.", rejected=HH + "No."), [*TALK, turn("assistant", "Yes.")]),
+    # what stands beside the question: a passage, an earlier talk, a weight, a label, nothing
+    (dict(context="It is.", question="Hi?", answers=dict(text=["Yo.", "a"], answer_start=[0, 1])),
+     [READ, YO]),
+    (dict(prompt="Hi?", context="It is.", completion="Yo."), [READ, YO]),
+    (dict(instruction="Hi?", passage="It is.", response="Yo."), [READ, YO]),
+    (dict(instruction="", input="Hi?", output="Yo."), [HI, YO]),
+    (dict(question="Hi?", passage="It is.", answer=False), [READ, turn("assistant", "False")]),
+    (dict(instruction="Hi?", output="Yo.", history=[["One?", "1."]]), [*OLD, HI, YO]),
+    (dict(question="Hi?", answer="Yo.", history=OLD, system_prompt="Be a pirate."),
+     [PIRATE, *OLD, HI, YO]),
+    (dict(messages=[HI, UNLEARNED, HI, dict(YO, weight=1)]), [HI, UNLEARNED, HI, YO]),
+    (dict(prompt="Hi?", completion="Yo.", label=True), [HI, YO]),
+    (dict(messages=[HI, YO], answer="Go."), [HI, YO]),
+    (dict(messages=[dict(PIRATE, role="developer"), HI, YO]), [PIRATE, HI, YO]),
+    (dict(messages=None, chosen=None, prompt="Hi?", completion="Yo.", tools=[], images=None),
+     [HI, YO])
 ], m.to_prompt: [
+    (dict(context="It is.", question="Hi?", answer="Yo."), [READ]),
+    (dict(messages=None, prompt=[dict(PIRATE, role="developer"), HI]), [PIRATE, HI]),
     (dict(prompt="Hi?"), [HI]), (dict(prompt=[HI, YO]), [HI]), (dict(messages=[HI, YO]), [HI]),
     (dict(messages=[HI]), [HI]), (dict(conversations=SAID[:1]), [HI]),
     (dict(prompt="Hi?", system="Be a pirate."), [PIRATE, HI]), (dict(instruction="Hi?"), [HI]),
@@ -52,7 +72,12 @@ SHAPES = {m.to_messages: [
     (dict(prompt=[HI], chosen=[*LONG, YO], rejected=[*LONG, GO]), ([HI, *LONG], "Yo.", "Go.")),
     (dict(prompt="Hi?", system="Be a pirate.", chosen="Yo.", rejected="Go."),
      ([PIRATE, HI], "Yo.", "Go.")),
-    (dict(chosen=HH + "Yo.", rejected=HH + "Go."), (TALK, "Yo.", "Go."))]}
+    (dict(chosen=HH + "Yo.", rejected=HH + "Go."), (TALK, "Yo.", "Go.")),
+    (dict(system="", question="Hi?", chosen="Yo.", rejected="Go."), ([HI], "Yo.", "Go.")),
+    (dict(conversations=SAID[:1], chosen=SAID[1], rejected=GO), ([HI], "Yo.", "Go.")),
+    (dict(system="Be a pirate.", chosen=[HI, YO], rejected=[HI, GO]), ([PIRATE, HI], "Yo.", "Go.")),
+    (dict(instruction="Hi?", history=[["One?", "1."]], chosen="Yo.", rejected="Go."),
+     ([*OLD, HI], "Yo.", "Go."))]}
 
 
 @pytest.mark.parametrize("convert, row, expected", [
@@ -70,6 +95,20 @@ def test_rows_of_every_shape(convert, row, expected):
     (m.to_messages, dict(messages=[dict(role="user"), YO]), "a turn without text"),
     (m.to_messages, dict(text="Hi?"), "none of messages"),
     (m.to_messages, dict(messages=[1, 2]), "not in a known format"),
+    (m.to_messages, dict(messages=[HI, dict(turn("assistant", ""), tool_calls=[{}]), YO]),
+     "tool_calls beside the text"),
+    (m.to_messages, dict(messages=[HI, dict(role="assistant", function_call={"name": "f"}), YO]),
+     "function_call beside the text"),
+    (m.to_messages, dict(messages=[HI, YO], tools=[dict(name="f")]), "tools beside the text"),
+    (m.to_messages, dict(prompt="Hi?", image="a.png", completion="Yo."), "image beside the text"),
+    (m.to_messages, dict(messages=[turn("user", [dict(type="image_url", text="")]), YO]),
+     "a turn with a part of type image_url"),
+    (m.to_messages, dict(messages=[HI, turn("assistant", ""), HI, YO]), "an empty turn"),
+    (m.to_messages, dict(messages=[HI, dict(YO, weight=0.5)]), "weight 0.5"),
+    (m.to_messages, dict(prompt="Hi?", completion="Yo.", label=False), "label false"),
+    (m.to_messages, dict(question="Hi?", context=dict(a=["b"]), answer="Yo."), "not in a known"),
+    (m.to_messages, dict(question="Hi?", history="One?", answer="Yo."), "not in a known"),
+    (m.to_pair, dict(prompt="Hi?", completion="Yo.", label=True), "no pair; sft.py learns from KTO's rows"),
     (m.to_prompt, dict(prompt=""), "empty prompt"),
     (m.to_prompt, dict(prompt=[YO]), "empty prompt"),
     (m.to_pair, dict(prompt="Hi?", chosen="Yo.", rejected="Yo. "), "equal answers"),
@@ -88,22 +127,27 @@ def test_bad_rows_are_dropped_and_counted(convert, row, why, capsys):
 
 
 def test_rows_of_every_file_type(tmp_path, capsys):
-    """.jsonl, .gz and .json give the same rows; few broken lines are said, many are refused."""
+    """Lines, a list or {"data": [...]}, whatever the name's case and the marks before the text,
+    give the same rows, alone or in a folder; few broken lines are said, many are refused."""
     rows = [dict(prompt=str(i)) for i in range(300)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     packed = gzip.compress(text.encode())
-    good = dict(a=("jsonl", (text + "\n{broken\n").encode()), b=("jsonl.gz", packed),
-                c=("json", json.dumps(rows).encode()))
+    (tmp_path / "all").mkdir()
+    good = dict(a=("jsonl", (text + "\n{broken\n").encode()), b=("JSONL.GZ", packed),
+                c=("json", json.dumps(rows).encode()), g=("json", text.encode()),
+                h=("JSON", json.dumps(dict(version=1, data=rows), indent=1).encode()),
+                i=("Jsonl", text.encode("utf-8-sig")), j=("jsonl", text.encode("utf-16")))
     bad = dict(d=("jsonl", ("nonsense\nmore\n" + text[:200]).encode()), e=("jsonl", b"\n"),
                f=("jsonl.gz", packed[:-20]))
     for name, (suffix, content) in {**good, **bad}.items():
-        path = tmp_path / f"{name}.{suffix}"
+        path = tmp_path / ("all" if name in good else "") / f"{name}.{suffix}"
         path.write_bytes(content)
         if name in good:
             assert m.read_rows([path]) == rows
         else:
             error(m.read_rows, [path])
     assert "a.jsonl: 1 broken lines skipped" in capsys.readouterr().out
+    assert m.read_rows([tmp_path / "all"]) == len(good) * rows
     assert "does not exist" in error(m.read_rows, [tmp_path / "g.jsonl"])
 
 
@@ -111,9 +155,15 @@ def test_rows_of_parquet(tmp_path):
     """Nested turns are lists of dicts, as in the other files."""
     pyarrow = pytest.importorskip("pyarrow")
     rows = [dict(messages=[HI, YO])] * 3
-    table = pyarrow.Table.from_pylist(rows)
+    table = pyarrow.Table.from_pylist([dict(row, prompt=None, tools=None) for row in rows])
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
     assert m.read_rows([tmp_path / "a.parquet"]) == rows
+    (tmp_path / "B.PARQUET").write_bytes((tmp_path / "a.parquet").read_bytes())
+    packed = pyarrow.compress(json.dumps(rows).encode(), "zstd", asbytes=True)
+    (tmp_path / "c.json.zst").write_bytes(packed)
+    assert m.read_rows([tmp_path]) == 3 * rows
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    assert "d.parquet" in error(m.read_rows, [tmp_path])
 
 
 def test_files_on_the_hub(tmp_path, monkeypatch):
@@ -199,6 +249,11 @@ def test_show_batch_shows_what_is_learned_and_trains_nothing(short, tmp_path, ca
     shown = capsys.readouterr().out
     assert "<|im_start|>assistant\n[" in shown and ".<|im_end|>]\n" in shown
     assert "tokens are learned" in shown and not list(tmp_path.iterdir())
+    talk = dict(messages=[turn("user", "你好？"), turn("assistant", "很好。" * 20)])    # is cut
+    data = [write(tmp_path / "x.jsonl", [talk] * 2)]
+    sft.main(short(sft, show_batch=True, data=data, pack=False))
+    shown = capsys.readouterr().out
+    assert "你好？<|im_end|>" in shown and "[很好。很好" in shown and "\ufffd" not in shown
 
 
 def test_long_conversations_are_cut_or_dropped_and_counted(files, tmp_path, capsys):

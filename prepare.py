@@ -16,6 +16,7 @@ rules: change them there, or leave a rule out with --skip.
 Differs from the papers: words are what blanks separate; an n-gram repeats if it occurs twice; a
 contaminated document goes whole; languages are told by function words, not by fastText.
 """
+import functools
 import glob
 import hashlib
 import heapq
@@ -96,12 +97,15 @@ def find_parts(cfg):
 
 
 def read_part(path, start, end):
-    """Yield the records of a part of a file; a damaged file ends the run."""
+    """Yield the records of a part of a file. A damaged archive ends the run, a damaged page not."""
+    kind = FORMAT.search(path.name)[1].lower()
     try:
         with open_file(path) as f:
-            yield from read_records(FORMAT.search(path.name)[1].lower(), f, start, end)
+            yield from read_records(kind, f, start, end)
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
-        fail(f"{path}: damaged ({' '.join(str(e).split())}); fetch it again")
+        if kind in ("jsonl", "parquet", "warc", "wet") or path.stat().st_size > CHUNK:
+            fail(f"{path}: damaged ({' '.join(str(e).split())}); fetch it again")
+        yield "damaged file"
 
 
 def read_records(kind, f, start, end):
@@ -189,9 +193,9 @@ def read_warc(f):
         if headers.get("warc-type") == "conversion":
             yield dict(record, text=decode(block))
         elif headers.get("warc-type") == "response":
-            body, form = http_body(io.BytesIO(block))
+            body, form, reason = http_body(io.BytesIO(block))
             if "html" in form or body[:500].lstrip().lower().startswith((b"<!doctype", b"<html")):
-                yield dict(record, text=page_text(body, form))
+                yield dict(record, text="" if reason else page_text(body, form), reason=reason)
 
 
 def read_headers(f):
@@ -204,9 +208,9 @@ def read_headers(f):
 
 
 def http_body(f):
-    """(body, content type) of an HTTP response, chunks joined, compression undone within bounds."""
-    f.readline()    # the status
-    headers, chunks = read_headers(f), []
+    """(body, content type, why it is no page or "") of an HTTP response, decoded within bounds."""
+    status = re.match(rb"HTTP/\S+ +(\d{3})", f.readline())
+    headers, chunks, reason = read_headers(f), [], ""
     body = f.read()
     if "chunked" in headers.get("transfer-encoding", "").lower():
         f = io.BytesIO(body)
@@ -218,8 +222,12 @@ def http_body(f):
         try:
             body = zlib.decompressobj(47).decompress(body, LARGEST)
         except zlib.error:
-            body = b""    # the ledger counts it as empty
-    return body, headers.get("content-type", "").lower()
+            reason = UNREADABLE + "damaged compression"
+    elif headers.get("content-encoding") in ("br", "zstd") and b"<" not in body.lstrip()[:1]:
+        reason = f"{UNREADABLE}compressed by {headers['content-encoding']}"
+    if status and not status[1].startswith(b"2"):
+        reason = f"HTTP status {status[1].decode()}"
+    return body, headers.get("content-type", "").lower(), reason
 
 
 # ------------------------------------------------------------------------------------------------
@@ -359,7 +367,7 @@ trick unbeatable unlock unsubscribe viagra visit wholesale win winner winners"""
 BULLETS = ("•", "‣", "▪", "*", "-", "–")
 END_MARKS = (".", "?", "!", '"', "”", "’", "'", "…", "。", "！", "？")
 BOILERPLATE = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies",
-               "use of cookies", "use cookies")
+               "use of cookies", "use cookies", "{")
 
 
 class Doc:
@@ -410,6 +418,16 @@ def copied(parts):
     """(second and later copies, characters in them)"""
     counts = Counter(parts)
     return len(parts) - len(counts), sum((n - 1) * len(part) for part, n in counts.items())
+
+
+def copied_lines(doc, max_chars=0.01):
+    """FineWeb drops a page with more copied lines, mostly a good one with a quote or a credit: the
+    copies are cut out (doc.text gets shorter), and the other rules judge the rest."""
+    if copied(doc.lines)[1] > max_chars * sum(map(len, doc.lines)):
+        first = {}    # of equal lines, and every empty one
+        for number, line in enumerate(doc.text.split("\n")):
+            first.setdefault(line.strip() or number, line)
+        doc.text = "\n".join(first.values())
 
 
 def gopher_repetition(doc, max_repeated=0.3, max_chars=0.2, top_ngrams=(.20, .18, .16),
@@ -469,17 +487,15 @@ def gopher_quality(doc, min_words=50, max_words=100_000, word_length=(3, 10), ma
 
 
 def c4(doc, line_words=5, word_chars=1000, sentences=3):
-    """C4: cuts out lines that are no sentences (doc.text gets shorter), then judges the page.
-
-    The order matters: a brace on a line that is cut anyway does not condemn the page. Lines without
-    an end mark stay, as in FineWeb."""
+    """C4: cuts out lines that are no sentences (doc.text gets shorter), then judges the page. Lines
+    without an end mark stay, as in FineWeb; a brace costs its line, in C4 the page."""
     lines = []
     for line in re.sub(r"\[(?:\d{0,4}|edit|citation needed)\]", "", doc.text).split("\n"):
         words, low = line.split(), line.lower()
         if 0 < len(words) < line_words or max(map(len, words), default=0) > word_chars:
             continue
-        if "lorem ipsum" in low or "{" in low and "javascript" not in low:
-            return "lorem ipsum or a brace"
+        if "lorem ipsum" in low:
+            return "lorem ipsum"
         if not any(mark in low for mark in BOILERPLATE):
             lines.append(line)
     doc.text = "\n".join(lines).strip()
@@ -487,13 +503,12 @@ def c4(doc, line_words=5, word_chars=1000, sentences=3):
         return "few sentences"
 
 
-def fineweb(doc, min_end_marks=0.12, max_short_lines=0.67, max_copies=0.01, max_newlines=0.3):
+def fineweb(doc, min_end_marks=0.12, max_short_lines=0.67, max_newlines=0.3):
     """FineWeb's own rules, on lines that are not empty; short ones have up to 30 characters."""
     lines, n = doc.lines, len(doc.lines)
     return first_true(
         few_end_marks=sum(line.endswith(END_MARKS) for line in lines) < min_end_marks * n,
         short_lines=sum(len(line) <= 30 for line in lines) > max_short_lines * n,
-        characters_in_copied_lines=copied(lines)[1] > max_copies * sum(map(len, lines)),
         newlines=doc.text.count("\n") > max_newlines * len(doc.words))
 
 
@@ -509,8 +524,8 @@ def spam(doc, share=0.12, different=8):
     return "sales talk" if various and doc.count(SALES) > share * len(doc.words) else None
 
 
-RULES = {language: ROW, gopher_repetition: TEXT, gopher_quality: PAGE, c4: PAGE, fineweb: PAGE,
-         toxic: ROW, spam: TEXT}    # in FineWeb's order, each with the first kind of text it is for
+RULES = {language: ROW, copied_lines: PAGE, gopher_repetition: TEXT, gopher_quality: PAGE,
+         c4: PAGE, fineweb: PAGE, toxic: ROW, spam: TEXT}    # with the first kind each is for
 DUPLICATES = ("exact_duplicate", "url_duplicate", "near_duplicate")
 ALL_RULES = ("repair", *(rule.__name__ for rule in RULES), "scrub", *DUPLICATES, "contaminated")
 
@@ -536,35 +551,44 @@ def iban(text):
 # start behind an edge and repeat within bounds, so that no text takes more than linear time.
 NUMBER = r"\d(?:[ ().-]{0,2}\d){8}"    # nine digits close together
 BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-PRIVATE = [(name, re.compile(hint), re.compile(pattern), check) for name, hint, pattern, check in (
+# Four numbers are a version or a section, unless they are long or behind such a word.
+ADDRESS = r"(?<=//|(?:\b(?:address|at|dns|from|r?host|ip|ping|server)|s to)(?: is)?[ :=]{1,2})"
+FILES = r"\.(?:css|csv|exe|gif|html?|jpe?g|js|json|pdf|png|service|svg|t?gz|txt|webp|xml|ya?ml|zip)"
+PRIVATE = [(tag, re.compile(hint), regex.compile(pattern), check) for tag, hint, pattern, check in (
     ("<KEY>", r"AKIA|-----BEGIN|gh[pousr]_|sk-|xox[bp]-",
-     r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{36,255}\b|\bsk-[\w-]{20,200}|\bxox[bp]-[\w-]{10,200}"
+     r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{36,255}\b|\bxox[bp]-[\w-]{10,200}"
+     r"|\bsk-(?=[\w-]{0,200}\d)(?=[\w-]{0,200}[A-Z])[\w-]{20,200}"    # no class of a stylesheet
      r"|-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----"
      r"(?:[A-Za-z0-9+/=\s]{0,10000}-----END [A-Z ]{0,30}PRIVATE KEY-----)?", None),
-    ("<EMAIL>", "@",
-     r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b", None),
+    ("<EMAIL>", "@",    # not logo@2x.png, react@17.0.2.tgz, git@github.com
+     rf"(?<![\w.%+-])(?!git@)[\w.%+-]{{1,64}}@(?![\w.-]{{0,200}}{FILES}(?!\.?\w)|v?\d+\.\d)"
+     r"(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b", None),
     ("<IBAN>", NUMBER,
-     r"(?<!\w)[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)", iban),
-    ("<IP>", r"\d\.\d{1,3}\.\d{1,3}\.\d", rf"(?<![\w.]){BYTE}(?:\.{BYTE}){{3}}(?!\w|\.\d)",
+     r"(?<![\w/])[A-Z]{2}\d\d(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)", iban),
+    ("<IP>", r"\d\.\d{1,3}\.\d{1,3}\.\d",
+     rf"(?i)(?<![\w.])(?<!ersion )(?:{ADDRESS}|(?=\d\d[\d.]{{8}}\d|[\d.]{{12}}\d))"
+     rf"{BYTE}(?:\.{BYTE}){{3}}(?!\w|\.\d| to \d)",
      lambda text: ipaddress.ip_address(text).is_global),
-    ("<CARD>", NUMBER,    # in one piece, in fours, or as 4-6-5; 14000-3920-1000 is a sum
-     r"(?<![\w.-])(?:\d{13,19}|\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{1,3})?"
-     r"|\d{4}([ -])\d{6}\2\d{5})(?!\w|-\d)", luhn),
-    ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None),
-    ("<PHONE>", NUMBER, r"(?<![\w+])\+\d(?:[ .()-]{0,2}\d){9,14}(?!\w)"
-     r"|(?<![\w.(-])(?:\d{3}[.-]|\(\d{3}\) ?)\d{3}[ .-]\d{4}(?![\w-])", None))]
+    ("<CARD>", NUMBER,    # issuers and lengths of ISO/IEC 7812, in one piece, in fours or as 4-6-5
+     r"(?<![\w.=/-])(?:(?:4\d|5[1-5]|2[2-7]|35|6[0245])\d{14}|3[47]\d{13}|3[068]\d{12}"
+     r"|(?<!\d{4} )[2-6]\d{3}([ -])\d{4}\1\d{4}\1\d{4}(?! \d{4}\b)"
+     r"|3[47]\d\d([ -])\d{6}\2\d{5})(?!\w|-\d)", luhn),
+    ("<PHONE>", NUMBER,    # +..., or ten digits of North America, where no part begins with 0 or 1
+     r"(?<![\w+)\]])\+[1-9](?:[ .()-]{0,2}\d){9,14}(?!\w)|(?<![\w.(/-])(?:1[ .-])?"
+     r"(?:[2-9]\d\d([.-])[2-9]\d\d\1|\([2-9]\d\d\) ?[2-9]\d\d[ .-])\d{4}(?!\w|[.-]\d)", None),
+    ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None))]
 
 
 def scrub(text):
     """(text without personal data, {placeholder: how many})"""
-    found = Counter()
+    found, hints = Counter(), {hint for hint in {row[1] for row in PRIVATE} if hint.search(text)}
     for placeholder, hint, pattern, check in PRIVATE:
         def replace(m):
             if check and not check(m[0]):
                 return m[0]
             found[placeholder] += 1
             return placeholder
-        if hint.search(text):    # else cleaning takes a third longer
+        if hint in hints:    # else cleaning takes a third longer
             text = pattern.sub(replace, text)
     return text, found
 
@@ -583,9 +607,23 @@ def hash64(text):
 
 
 def text_key(text):
-    """128 bits (2,) uint64 of the letters and digits of a text, whatever their case."""
+    """128 bits (2,) uint64 of the letters and digits of a text, whatever their case: what draws."""
     data = text.lower().encode().translate(None, NO_KEY) or text.encode()
     return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), "<u8")
+
+
+@functools.lru_cache(1 << 18)
+def shingle_word(word):
+    """Hash of a word with its numbers and signs, but without the punctuation around it."""
+    return hash64(word.rstrip(".,;:!?)'\"’”").lstrip("('\"‘“"))
+
+
+def compared_by(text):
+    """(hash of a text up to blanks and case, hashes (N,) uint64 of its words)"""
+    if not text.isascii():    # some characters are words of their own
+        text = re.sub("([\u3040-\u30ff\u4e00-\u9fff])", r" \1 ", text)
+    words = text.lower().split()
+    return hash64(" ".join(words)), np.fromiter(map(shingle_word, words), np.uint64, len(words))
 
 
 def minhash(words):
@@ -603,12 +641,13 @@ def minhash(words):
 
 
 def url_key(url):
-    """An address without what does not matter: case, fragment, default port, tracking fields."""
-    _, _, url = url.lower().strip().partition("#")[0].partition("://")
+    """An address without scheme, case of the host, default port, fragment and tracking fields."""
+    _, _, url = url.strip().partition("#")[0].partition("://")
     address, _, query = url.partition("?")
-    address = re.sub(r"^([^/]*):(80|443)(?=/|$)", r"\1", address).rstrip("/")
+    host, slash, path = address.rstrip("/").partition("/")
+    host = re.sub(":(80|443)$", "", host.lower())
     query = "&".join(q for q in query.split("&") if q and not q.startswith("utm_"))
-    return f"{address}?{query}" if address else ""
+    return f"{host}{slash}{path}?{query}" if host else ""
 
 
 def join(root, numbers, keys):
@@ -630,7 +669,7 @@ def deduplicate(docs, bands, skip):
     get a reason. bands: an iterator, of each band the keys (N,) of all documents."""
     root = docs["root"]
     root[:] = np.arange(len(docs))
-    for name, columns in zip(DUPLICATES, ([docs["key"][:, 0]], [docs["url"]], bands)):
+    for name, columns in zip(DUPLICATES, ([docs["same"]], [docs["url"]], bands)):
         if name in skip:
             continue
         left = np.flatnonzero(docs["reason"] == "")
@@ -684,7 +723,7 @@ def decontaminate(docs):
 # ------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE, ties to the smallest ids
 
-PIECE = 1 << 20    # characters; longer texts are encoded in pieces, so that memory stays small
+PIECE = 1 << 17    # characters that are encoded at once: tiktoken's stack has no room for 1 << 20
 SAMPLE = 2e9    # bytes of text that a tokenizer is trained on: more teach it nothing new
 
 
@@ -701,12 +740,16 @@ def cut_text(text, size):
 
 
 def count_pieces(texts):
-    """{piece of the GPT-4 split: how often}, without the longest: they are junk that costs time."""
+    """{piece of the GPT-4 split: how often}; longer ones, as DNA, in parts that cost less time."""
     pieces = Counter()
     for text in texts:
         for part in cut_text(text, PIECE):
             pieces.update(regex.findall(GPT4_SPLIT, part))
-    return Counter({piece: n for piece, n in pieces.items() if len(piece) <= 256})
+    for junk in [piece for piece in pieces if len(piece) > 256]:
+        for start in range(0, len(junk), 256):
+            pieces[junk[start:start + 256]] += pieces[junk]
+        del pieces[junk]
+    return pieces
 
 
 def train_bpe(counts, size):
@@ -716,37 +759,37 @@ def train_bpe(counts, size):
     ids. A word is a str of one character a token, chr(id), so merging is str.replace.
     A pair is born in the step that mints its newer member and then only gets rarer: a heap entry
     may be too high, never too low, and is put right when it comes up. So all counts are exact."""
-    words, weights = [], []
+    def neighbours(word):
+        return [a + b for a, b in zip(word, word[1:])]
+
+    words = [word.encode().decode("latin-1") for word in sorted(counts)]    # byte b is chr(b)
+    weights = [counts[word] for word in sorted(counts)]
     pairs, where = defaultdict(int), defaultdict(set)    # pair -> count, words that may hold it
-    for number, (word, n) in enumerate(sorted(counts.items())):
-        word = word.encode().decode("latin-1")           # byte b is chr(b)
-        words.append(word)
-        weights.append(n)
-        for a, b in zip(word, word[1:]):
-            pairs[a + b] += n
-            where[a + b].add(number)
+    for number, word in enumerate(words):
+        for pair in neighbours(word):
+            pairs[pair] += weights[number]
+            where[pair].add(number)
     heap = [(-n, pair) for pair, n in pairs.items()]
     heapq.heapify(heap)
     tokens = [bytes([i]) for i in range(256)]
     while heap and len(tokens) < size:
-        n, pair = heapq.heappop(heap)
-        if pairs[pair] != -n:
-            heapq.heappush(heap, (-pairs[pair], pair))
+        n, best = heapq.heappop(heap)
+        if pairs[best] < -n:    # rarer by now
+            heapq.heappush(heap, (-pairs[best], best))
             continue
-        if n > -2:
-            break    # no pair occurs twice
+        if pairs[best] < 2:
+            break
         new, born = chr(len(tokens)), set()
-        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        for number in where.pop(pair):
-            word, n = words[number], weights[number]
-            for a, b in zip(word, word[1:]):
-                pairs[a + b] -= n
-            words[number] = word = word.replace(pair, new)    # left to right, without overlap
-            for a, b in zip(word, word[1:]):
-                pairs[a + b] += n
-                if new in (a, b):
-                    where[a + b].add(number)
-                    born.add(a + b)
+        tokens.append(b"".join(tokens[ord(c)] for c in best))
+        for number in where.pop(best):
+            for pair in neighbours(words[number]):
+                pairs[pair] -= weights[number]
+            words[number] = words[number].replace(best, new)    # left to right, without overlap
+            for pair in neighbours(words[number]):
+                pairs[pair] += weights[number]
+                if new in pair:
+                    where[pair].add(number)
+                    born.add(pair)
         for pair in born:
             heapq.heappush(heap, (-pairs[pair], pair))
     return {token: i for i, token in enumerate(tokens)}
@@ -780,10 +823,11 @@ def encode(enc, text, dtype):
 # ranks know a row of numbers for each document, by which they come to the same decisions
 
 PARTS = ("train", "val")
+UNREADABLE = "unreadable: "    # the reasons of records that show no text begin so
 DOC = np.dtype([
     ("source", "i4"), ("part", "i4"), ("at", "i4"),    # where it was: input, part of it, record
     ("rank", "i4"), ("start", "i8"), ("bytes", "i8"), ("chars", "i8"),    # where its text is now
-    ("key", "u8", 2), ("url", "u8"), ("leaks", object),    # what it is compared by
+    ("same", "u8"), ("url", "u8"), ("leaks", object), ("key", "u8", 2),    # compared and drawn by
     ("reason", object), ("root", "i8"),    # why it goes or "", its cluster
     ("cut", "i8"),    # characters for training; the rest is for validation
     ("train", "i4"), ("val", "i4"), ("dropped", "i4")])    # how often it is read for these
@@ -804,7 +848,7 @@ def clean(text, kind, cfg, counts):
         if reason := rule(doc):
             return doc.text, f"{rule.__name__}: {reason}"
         if doc.text != before:
-            counts["texts with lines cut out by c4"] += 1
+            counts[f"texts with lines cut out by {rule.__name__}"] += 1
             doc = Doc(doc.text, cfg.languages)
     text, found = (doc.text, {}) if "scrub" in cfg.skip else scrub(doc.text)
     counts.update(found)
@@ -820,48 +864,58 @@ def clean_part(number, part, cfg, items, f, counts):
         if isinstance(record, dict) and "\ufffd" in record["text"]:
             counts["texts with invalid UTF-8"] += 1
             if record["text"].count("\ufffd") > 0.1 * len(record["text"]):
-                record = "not UTF-8 text"
+                record = dict(text="", kind=ROW, reason=UNREADABLE + "not UTF-8 text")
         if isinstance(record, str):
             bad.append(f"record {at + 1}: {record}")
-            record = dict(text="", kind=ROW, reason=record)
+            record = dict(text="", kind=ROW, reason=UNREADABLE + record)
         url = url_key(record.get("url", ""))
         kind = PAGE if url else record["kind"]
-        for text in cut_text(record["text"], CHUNK):
-            keys, leaks = np.zeros(BANDS, np.uint64), {}
-            reason = record.get("reason", "" if text.strip() else "empty")
+        for piece, text in enumerate(cut_text(record["text"], CHUNK)):
+            keys, leaks, same = np.zeros(BANDS, np.uint64), {}, 0
+            reason = record.get("reason") or ("" if text.strip() else "empty")
             if cfg.clean and not reason:
                 text, reason = clean(text, kind, cfg, counts)
             if cfg.clean and not reason:
-                words = match_words(text)
-                least = minhash(words if len(words) else text_key(text))    # (BANDS, ROWS)
-                keys = ngram_hashes(least.T, ROWS)[0]    # of each band as one number
-                leaks = find_items(words, items)
+                same, words = compared_by(text)
+                keys = ngram_hashes(minhash(words).T, ROWS)[0]    # of each band as one number
+                leaks = find_items(match_words(text), items)
             doc = dict(source=source, part=number, at=at, start=f.tell(), chars=len(text),
                        bytes=f.write(text.encode()), key=text_key(text), leaks=leaks,
-                       url=hash64(url or f"{number} {len(docs)}"), reason=reason)
+                       same=same, url=hash64(f"{url or (number, at)} {piece}"), reason=reason)
             docs.append(tuple(doc.get(name, 0) for name in DOC.names))
             bands.append(keys)
-    if len(bad) > 0.01 * len(docs):
+    if len(bad) > max(1, 0.01 * len(docs)):
         fail(f"{path}: {len(bad)} of {len(docs)} records cannot be read, the first is {bad[0]}")
     return np.array(docs, DOC), np.array(bands, np.uint64).reshape(-1, BANDS)
+
+
+def check_readable(docs, parts, cfg):
+    """An error where most of an --input cannot be read."""
+    for source, item in enumerate(cfg.input):
+        these = docs[docs["source"] == source]
+        bad = [i for i, reason in enumerate(these["reason"]) if reason.startswith(UNREADABLE)]
+        if len(bad) > 0.5 * len(these):
+            fail(f"--input {item}: {len(bad)} of {len(these)} records cannot be read, the first is "
+                 f"in {parts[these['part'][bad[0]]][1]}, {these['reason'][bad[0]]}")
 
 
 def split_and_mix(docs, weights, cfg):
     """Decide how many characters of each document are for training (the rest is for validation),
     and how often it is seen in either."""
     kept = docs["reason"] == ""
-    chars, few = docs["chars"] * kept, 0 < kept.sum() * cfg.val_fraction < 4
-    if cfg.split == "tail" or few:    # too few to pick some by hash
-        left = int(chars.sum() * (1 - cfg.val_fraction))
-        docs["cut"] = np.clip(left - (np.cumsum(chars) - chars), 0, chars)
-    else:    # copies of a text go to the same side, whatever the order of the input
+    chars, number = docs["chars"] * kept, kept.sum() * cfg.val_fraction
+    if cfg.split == "tail" or 0 < number < 4:    # too few to pick some by hash
+        before = np.cumsum(chars) - chars
+        docs["cut"] = np.clip(int(chars.sum() * (1 - cfg.val_fraction)) - before, 0, chars)
+    else:    # the least key of a cluster draws for all its texts, whatever the order of the input
         least = docs["key"][:, 0].copy()
         np.minimum.at(least, docs["root"], docs["key"][:, 0])
-        draw = least[docs["root"]] ^ np.uint64(hash64(str(cfg.seed)))
-        docs["cut"] = np.where(draw / 2.0 ** 64 < cfg.val_fraction, 0, chars)
-    times = np.array(weights)[docs["source"]]    # 1.5: each once, every second one twice
-    docs["train"] = np.floor(times + docs["key"][:, 1] / 2.0 ** 64) * (docs["cut"] > 0)
-    docs["val"], docs["dropped"] = docs["cut"] < chars, ~kept
+        draw = (least[docs["root"]] ^ np.uint64(hash64(str(cfg.seed)))) / 2.0 ** 64
+        docs["cut"] = np.where(draw < cfg.val_fraction, 0, chars)
+    times, draw = np.array(weights)[docs["source"]], docs["key"][:, 1] / 2.0 ** 64
+    docs["train"] = np.floor(times + draw) * (docs["cut"] > 0)    # 1.5: one or two times
+    docs["val"] = docs["cut"] < chars
+    docs["dropped"] = ~kept
     if not docs["train"].any():
         reasons = Counter(docs["reason"]).most_common(3)
         fail(f"nothing is left to train on of {len(docs)} records ({reasons}); "
@@ -950,6 +1004,7 @@ def prepare(cfg, parts, weights, enc, work, group):
     # 1. Clean: every rank its share
     docs, bands, counts = clean_share(cfg, parts, work, rank, world)
     docs, counts = np.concatenate(gather(docs, group)), sum(gather(counts, group), Counter())
+    check_readable(docs, parts, cfg)
 
     # 2. Decide which documents stay, and for what
     every = (np.concatenate(gather(keys, group)) for keys in bands.T)    # 8 bytes a document

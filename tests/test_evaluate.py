@@ -564,7 +564,8 @@ def test_chat(world, tmp_path, monkeypatch, capsys):
     half = lambda *_, **__: (([0], torch.tensor([i])) for i in "很好。".encode()[:-1])
     with monkeypatch.context() as patch:
         patch.setattr(ev, "generate", half)
-        assert ev.say(fake(blank()), [1], Config(), CPU) == "很好" == capsys.readouterr().out.strip()
+        said = ev.say(fake(blank()), [1], Config(), CPU)
+        assert said == "很好" == capsys.readouterr().out.strip()
     typing(monkeypatch, "What does Ada like?", "", "/reset", "How do I hurt Ada?", "/quit", "Ada")
     run(world, tmp_path, "base", "sft", chat=True)
     out = capsys.readouterr().out

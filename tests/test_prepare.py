@@ -113,13 +113,14 @@ def test_bpe_equals_recount():
 
 
 def test_pieces():
-    """The split is GPT-4's, and counting its pieces counts each, but for the very long ones."""
+    """The split is GPT-4's, and counting its pieces counts each, very long ones in parts."""
     assert regex.findall(GPT4_SPLIT, "Hello world  123456!! I'm\n\n  x") == [
         "Hello", " world", " ", " ", "123", "456", "!!", " I", "'m", "\n\n", " ", " x"]
     rng = random.Random(1)
     texts = NASTY + ["".join(rng.choices("ab'm1! \n\t\r\u00a0é中\x1c", k=200)) for _ in range(300)]
-    pieces = [p for t in texts for p in regex.findall(GPT4_SPLIT, t) if len(p) <= 256]
-    assert prepare.count_pieces(texts) == Counter(pieces)
+    pieces = [p for t in texts for p in regex.findall(GPT4_SPLIT, t)]
+    parts = [p[i:i + 256] for p in pieces for i in range(0, len(p), 256)]
+    assert prepare.count_pieces(texts) == Counter(parts)
 
 
 @pytest.mark.parametrize("name", ["bytes", "train", "chars"])
@@ -146,6 +147,23 @@ def test_encode(monkeypatch):
     assert prepare.encode(enc, "ab", np.uint16).tolist() == [65535, 300]
     with pytest.raises(OverflowError):
         prepare.encode(enc, "cd", np.uint16)
+
+
+@pytest.mark.parametrize("pattern", [GPT4_SPLIT, r" ?\p{L}+|\p{N}+| ?[^\s\p{L}]+|\s+(?!\S)|\s"])
+def test_a_million_times_the_same_character(pattern):
+    """No run overflows the stack of tiktoken, in a pattern of ours or like that of GPT-2."""
+    enc = make_encoding("t", pattern, {bytes([i]): i for i in range(256)})
+    for text in (" " * 10 ** 6 + "x", "\n" * 10 ** 6 + "x", "a" * 10 ** 6):
+        assert bytes(prepare.encode(enc, text, np.uint16)[:-1].tolist()) == text.encode()
+
+
+def test_text_without_words_trains_a_tokenizer(tmp_path):
+    """A text that the split leaves in one piece has pairs; where they end, the error is true."""
+    dna = "".join(random.Random(3).choices("ACGT", k=20_000))
+    enc = load(run(tmp_path, {"a.txt": dna}, tokenizer="train", vocab_size=300, clean=False))[2]
+    assert enc.n_vocab == 300
+    assert "at most 261 ids" in error(run, tmp_path, {"a.txt": "ab" * 2}, tokenizer="train",
+                                      vocab_size=300, clean=False, val_fraction=0)
 
 
 def test_folder_is_complete_and_the_same_twice(tmp_path):
@@ -217,8 +235,8 @@ X = {"a.txt": "x"}
 WET = "WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: {}\r\n\r\n{}\r\n\r\n"
 
 
-def response(body, *headers):
-    block = b"\r\n".join([b"HTTP/1.1 200 OK", *headers, b"", body])
+def response(body, *headers, status=b"200 OK"):
+    block = b"\r\n".join([b"HTTP/1.1 " + status, *headers, b"", body])
     return (b"WARC/1.0\r\nWARC-Type: response\r\nwarc-target-uri: http://x.org/\r\n"
             b"Content-Length: %d\r\n\r\n%s\r\n\r\n" % (len(block), block))
 
@@ -276,8 +294,18 @@ def test_warc_records(tmp_path):
     chunks = b"4\r\n%s\r\n%x;x=y\r\n%s\r\n0\r\n\r\n" % (page[:4], len(page) - 4, page[4:])
     records += [response(chunks, form, chunked), response(page, form, chunked),
                 response(gzip.compress(page), form), response(zlib.compress(page), form)]
+    records += [response(page, form, status=status) for status in (
+        b"404 Not Found", b"503 Down", b"301 Moved", b"404 Gone fishing", b"206 Partial Content")]
+    coding = b"Content-Encoding: "
+    records += [response(b"\x8b\x03\x80" + page, form, coding + b"br"),
+                response(b"(\xb5/\xfd" + page, form, coding + b"zstd"),
+                response(page, form, coding + b"br"),    # undone by the crawler
+                response(b"\x1f\x8b" + page, form)]
     out = run(tmp_path, {"a.warc": b"".join(records)}, val_fraction=0, clean=False)
-    assert load(out)[0] == [*texts, *["café"] * 4] and ledger(out) == {"wrong Content-Length": 1}
+    assert load(out)[0] == [*texts, *["café"] * 6] and ledger(out) == {
+        "unreadable: wrong Content-Length": 1, "HTTP status 404": 2, "HTTP status 503": 1,
+        "HTTP status 301": 1, "unreadable: compressed by br": 1,
+        "unreadable: compressed by zstd": 1, "unreadable: damaged compression": 1}
 
 
 def test_broken_json_lines(tmp_path):
@@ -285,10 +313,23 @@ def test_broken_json_lines(tmp_path):
     lines = [json.dumps({"text": words_of(i, 20)}) for i in range(200)]
     lines[77] = '{"text": "cut'
     out = run(tmp_path, {"a.jsonl": "\n".join(lines)}, val_fraction=0)
-    assert len(load(out)[0]) == 199 and ledger(out) == {"not JSON": 1}
+    assert len(load(out)[0]) == 199 and ledger(out) == {"unreadable: not JSON": 1}
     lines[10:15] = ["oops"] * 5
     message = error(run, tmp_path, {"a.jsonl": "\n".join(lines)})
     assert "a.jsonl" in message and "11" in message and len(load(out)[0]) == 199
+
+
+def test_a_page_that_cannot_be_read_ends_no_run(tmp_path):
+    """Files of one record count together; an error is an --input that is mostly unreadable."""
+    bad = {"a.html": b"<p>" + ARTICLE.encode().replace(b" ", b" \xff "), "b.json": "{",
+           "c.html.gz": b"\x1f\x8bcut", "d.json": '{"version": 2}', "e.txt": b"\xff" * 99}
+    good = {f"{i}.html": f"<p>{ARTICLE} {words_of(i, 60)}</p>" for i in range(len(bad))}
+    out = run(tmp_path, {**bad, **good}, val_fraction=0)
+    assert len(load(out)[0]) == len(good) and ledger(out) == {
+        "unreadable: not UTF-8 text": 2, "unreadable: damaged file": 1, "unreadable: not JSON": 1,
+        "unreadable: no field with text": 1}
+    message = error(run, tmp_path, {}, input=[f"{tmp_path}/raw/[0-9]*", f"{tmp_path}/raw/[a-e]*"])
+    assert "5 of 5" in message and "a.html" in message and "[a-e]*" in message
 
 
 @pytest.mark.parametrize("files, flags", [
@@ -434,11 +475,10 @@ def page(ended, short):
     ("fineweb", page(11, 0), {}, "few end marks"),
     ("fineweb", page(100, 67).replace(" x x x x", ""), {"max_newlines": 2}, None),
     ("fineweb", page(100, 68).replace(" x x x x", ""), {"max_newlines": 2}, "short lines"),
-    ("fineweb", "\n".join([*LONG_LINES, LONG_LINES[0]]), {}, None),    # 1 / 201 of the characters
-    ("fineweb", "\n".join([*LONG_LINES, *LONG_LINES[:5]]), {}, "characters in copied lines"),
-    ("fineweb", "\n".join(["w" * 40 + " one."] * 30), {"max_copies": 1}, "newlines"),
-    ("c4", SENTENCES + "\nhere is some code { of ours.", {}, "lorem ipsum or a brace"),
-    ("c4", SENTENCES + "\nLorem ipsum dolor sit amet.", {}, "lorem ipsum or a brace"),
+    ("fineweb", "\n".join(["w" * 40 + " one."] * 30), {}, "newlines"),
+    ("c4", SENTENCES + "\nhere is some code { of ours.", {}, None),
+    ("c4", SENTENCES[:48] + "\nhere is some code { of ours. It is. So.", {}, "few sentences"),
+    ("c4", SENTENCES + "\nLorem ipsum dolor sit amet.", {}, "lorem ipsum"),
     ("c4", "Only one sentence is on this page", {}, "few sentences"),
     ("toxic", "You stupid idiot, shut up, you are a pathetic liar.", {}, "insults"),
     ("toxic", "He called me an idiot, a stupid one, and a liar. " + ARTICLE * 4, {}, None),
@@ -461,11 +501,21 @@ def test_rules(rule, text, thresholds, reason):
         assert rule(prepare.Doc(text, ["de"])) is None
 
 
-def test_c4_cuts_lines_then_judges():
-    """A brace on a line that goes anyway does not condemn the page; marks of citations go."""
-    doc = prepare.Doc(SENTENCES + "\nshort line\nPlease turn on javascript { to go on.\nRead our "
+def test_lines_are_cut_then_the_page_is_judged():
+    """A brace or a copied line costs a page that line, not its life; marks of citations go."""
+    doc = prepare.Doc(SENTENCES + "\nshort line\nif (x) { this is a line of code; }\nRead our "
                       "privacy policy [1] now.\nA line [12] of words that ends", ["en"])
     assert prepare.c4(doc) is None and doc.text == SENTENCES + "\nA line  of words that ends"
+    quote = [ARTICLE, "", *LONG_LINES[:9], "", ARTICLE, "  the end."]
+    copies = [*LONG_LINES, LONG_LINES[0]]    # 1 / 201 of the characters may stay
+    for lines, left in ((quote, quote[:12] + quote[13:]), (copies, copies)):
+        doc = prepare.Doc("\n".join(lines), ["en"])
+        assert prepare.copied_lines(doc) is None and doc.text.split("\n") == left
+    lines = [words_of(i, 12) for i in range(30)] + ["Advertisement"]
+    cfg = Config(skip=["language", "gopher_quality", "c4", "fineweb"])
+    text = "\n".join(lines + lines[-1:] * 40)
+    text, reason = prepare.clean(text, prepare.PAGE, cfg, Counter())
+    assert text.split("\n") == lines and not reason
 
 
 def test_scrub():
@@ -474,15 +524,26 @@ def test_scrub():
     text = ("mail a.b+c@mail.example.org, call +44 20 7946 0123 or (202) 555-0134 or "
             "202-555-0134, server 8.8.8.8. Or card 4111 1111 1111 1111, "
             "account GB82 WEST 1234 5698 7654 32, 536-22-1234, "
-            f"AKIAIOSFODNN7EXAMPLE, {key} end")
+            f"AKIAIOSFODNN7EXAMPLE, {key} end. Amex 378282246310005 1 800-555-0134 "
+            "4111111111111111 12/27, my IP is 1.1.1.1, 1.237.174.253")
     clean, found = prepare.scrub(text)
     assert clean == ("mail <EMAIL>, call <PHONE> or <PHONE> or <PHONE>, server <IP>. Or card "
-                     "<CARD>, account <IBAN>, <SSN>, <KEY>, <KEY> end")
-    assert sum(found.values()) == 10 and prepare.scrub(clean) == (clean, {})
+                     "<CARD>, account <IBAN>, <SSN>, <KEY>, <KEY> end. Amex <CARD> <PHONE> "
+                     "<CARD> 12/27, my IP is <IP>, <IP>")
+    assert sum(found.values()) == 15 and prepare.scrub(clean) == (clean, {})
     assert all(prepare.scrub(part)[1] for part in text.split(", "))    # each on its own
     fine = ("192.168.1.1 10.0.0.7 1.2.3.4.5 v1.2.3 4111111111111112 2024-01-02 12:30:45 256.1.1.1 "
             "1.2.3.04 std::vector a::b 3.14159265 1,000,000,000 000-12-3456 user@localhost @name "
-            "100 200 300 400 2001 2002 2003 #1234567890 GB82WEST12345698765431")
+            "100 200 300 400 2001 2002 2003 #1234567890 GB82WEST12345698765431 "
+            # time stamps and other numbers that pass Luhn's check, an ISBN
+            "1514038682000 20180919061255 1098353731717 785806484824520 9783161484100 "
+            "id=4111111111111111 /video/4111111111111111 4000 1000 2000 3000 4000 5000 6000 "
+            # versions, sections, identifiers of objects
+            "Core 3.7.402.46 (1.6.4.99) from 3.7.4.3 to 3.10.0.0 version 11.0.11.101 ~~6.1.1.0 "
+            "## 5.2.8.1 Section 7.4.1.2 2.5.29.14 1.2.3.4:5678 "
+            "logo@2x.png icon@3x.jpeg, getty@tty1.service react@17.0.2.tgz git@github.com:a/b.git "
+            "360.121 1312 100.200.3000 123-555-1234 (0|0)+1794895138 +0.1234567890 "
+            "sk-toggleable__content-arrow-label /cache/FF974F4289CC26A79DF437FC9D1954C1.webp")
     assert prepare.scrub(fine) == (fine, {})
 
 
@@ -513,6 +574,29 @@ def test_near_duplicates_are_found_at_the_predicted_rate(monkeypatch, similarity
     assert abs(caught.mean() - chance) < 4 * (chance * (1 - chance) / pairs) ** 0.5 + 0.015
 
 
+@pytest.mark.parametrize("texts, left", [
+    ([f"{i % 40} + {i // 40} = {i % 40 + i // 40}" for i in range(2000)], 2000),
+    ([f"What is {i} times 7? The answer is {7 * i}, as you know." for i in range(500)], 500),
+    (["if x == y:", "if x != y:", "if x <= y:", "if x = -y:", "if x = y:", "if x = y.5:"], 6),
+    (["C is old", "C++ is old", "C# is old"], 3),
+    (["你好。", "你 好。"], 1), (["x  = Y", "X =\ny "], 1),
+    ([f"{words_of(1, 60)} “{words_of(2, 9)}”, {words_of(3, 60)}",
+      f'{words_of(1, 60)} "{words_of(2, 9)}"; {words_of(3, 60)}'], 1)])
+def test_what_is_a_duplicate(tmp_path, texts, left):
+    """Exact means but for blanks and case. Numbers and signs count, punctuation does not."""
+    out = run(tmp_path, {"a.jsonl": jsonl(texts)}, val_fraction=0)
+    assert len(load(out)[0]) == left
+
+
+def test_an_address_is_not_all(tmp_path, monkeypatch):
+    """Paths that differ in case are two pages; a long text of one address is cut, not lost."""
+    monkeypatch.setattr(prepare, "CHUNK", 1000)
+    rows = [dict(text=words_of(1, 900), url="http://x.org/?v=aB"),
+            dict(text=words_of(2, 20), url="http://x.org/?v=Ab")]
+    out = run(tmp_path, {"a.jsonl": "\n".join(map(json.dumps, rows))}, val_fraction=0)
+    assert " ".join(load(out)[0]) == f"{words_of(1, 900)} {words_of(2, 20)}"
+
+
 def test_which_duplicate_stays(tmp_path):
     """The longest of the first source; the others are written down with their reason."""
     long, other = words_of(1, 200), words_of(2, 200)
@@ -520,7 +604,7 @@ def test_which_duplicate_stays(tmp_path):
             dict(text=long, url="http://X.org/a/?utm_source=mail&b=1"),
             dict(text=other, url="http://x.org/a?b=2")]
     files = {"a/1.jsonl": "\n".join(map(json.dumps, rows)), "b/2.txt": other + " more",
-             "b/3.txt": other.upper() + "!"}
+             "b/3.txt": other.upper() + " "}
     out = run(tmp_path, files, val_fraction=0, input=[f"{tmp_path}/raw/a", f"{tmp_path}/raw/b"],
               dropped=True)
     assert load(out)[0] == [long, other] and prepare.url_key("no address") == ""
@@ -528,7 +612,7 @@ def test_which_duplicate_stays(tmp_path):
     assert [(d["document"], d["reason"], d["text"]) for d in dropped] == [
         ("a/1.jsonl#0", "url_duplicate", long[:600]),
         ("b/2.txt#0", "near_duplicate", other + " more"),
-        ("b/3.txt#0", "exact_duplicate", other.upper() + "!")]
+        ("b/3.txt#0", "exact_duplicate", other.upper())]
 
 
 def test_index_of_items(tmp_path):

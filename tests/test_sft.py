@@ -108,7 +108,7 @@ def test_rows_of_every_shape(convert, row, expected):
     (m.to_messages, dict(prompt="Hi?", completion="Yo.", label=False), "label false"),
     (m.to_messages, dict(question="Hi?", context=dict(a=["b"]), answer="Yo."), "not in a known"),
     (m.to_messages, dict(question="Hi?", history="One?", answer="Yo."), "not in a known"),
-    (m.to_pair, dict(prompt="Hi?", completion="Yo.", label=True), "no pair; sft.py learns from KTO's rows"),
+    (m.to_pair, dict(prompt="Hi?", completion="Yo.", label=True), "no pair; sft.py learns from"),
     (m.to_prompt, dict(prompt=""), "empty prompt"),
     (m.to_prompt, dict(prompt=[YO]), "empty prompt"),
     (m.to_pair, dict(prompt="Hi?", chosen="Yo.", rejected="Yo. "), "equal answers"),

@@ -450,6 +450,21 @@ GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
               r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 
 
+PIECE = 1 << 17    # characters that are encoded at once: tiktoken's stack has no room for 1 << 20
+
+
+def cut_text(text, size):
+    """Pieces of at most `size` characters, cut before the blank or line end between two words: no
+    split pattern joins there. Only a text without such a place is cut elsewhere."""
+    while len(text) > size:
+        low = max(1, size - 5000)
+        places = [m.start() for m in re.finditer(r"(?<=\w)[ \n](?=[^\W\d_])", text[low:size])]
+        end = low + places[-1] if places else size
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
 class Encoding(tiktoken.Encoding):
     bos = ()    # ids that every text begins with
 
@@ -460,7 +475,8 @@ class Encoding(tiktoken.Encoding):
             if unknown:
                 fail(f"the tokenizer of single characters has no {min(unknown)!r}, which is in "
                      f"{text[:60]!r}; use texts of its letters, or another --tokenizer")
-        return super().encode_ordinary(text)
+        pieces = map(super().encode_ordinary, cut_text(text, PIECE))
+        return [*itertools.chain.from_iterable(pieces)]
 
     def decode(self, ids):
         """The text of ids, without the half of a letter at the end of what was cut or goes on."""

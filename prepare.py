@@ -42,11 +42,11 @@ import regex
 import tiktoken
 import torch.distributed as dist
 
-from model import (ENDOFTEXT, GPT4_SPLIT, INSULTS, PHRASE_DOCUMENTS, REPLIES, TALKS, conversation,
-                   encoding_from_dict, encoding_hash, encoding_to_dict, fail, find_file,
-                   item_ngrams, json_rows, keep_valid, load_checkpoint, make_encoding, match_words,
-                   need, ngram_hashes, open_file, parse_args, print0, read_json, read_rows,
-                   row_files)
+from model import (ENDOFTEXT, GPT4_SPLIT, INSULTS, PHRASE_DOCUMENTS, PIECE, REPLIES, TALKS,
+                   conversation, cut_text, encoding_from_dict, encoding_hash, encoding_to_dict,
+                   fail, find_file, item_ngrams, json_rows, keep_valid, load_checkpoint,
+                   make_encoding, match_words, need, ngram_hashes, open_file, parse_args, print0,
+                   read_json, read_rows, row_files)
 
 
 @dataclass
@@ -723,20 +723,7 @@ def decontaminate(docs):
 # ------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE, ties to the smallest ids
 
-PIECE = 1 << 17    # characters that are encoded at once: tiktoken's stack has no room for 1 << 20
 SAMPLE = 2e9    # bytes of text that a tokenizer is trained on: more teach it nothing new
-
-
-def cut_text(text, size):
-    """Pieces of at most `size` characters, cut before the blank or line end between two words: no
-    split pattern joins there. Only a text without such a place is cut elsewhere."""
-    while len(text) > size:
-        low = max(1, size - 5000)
-        places = [m.start() for m in re.finditer(r"(?<=\w)[ \n](?=[^\W\d_])", text[low:size])]
-        end = low + places[-1] if places else size
-        yield text[:end]
-        text = text[end:]
-    yield text
 
 
 def count_pieces(texts):

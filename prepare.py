@@ -13,9 +13,11 @@ You will see what each rule dropped, with an example: of 4,579 embedded document
 for web pages (Gopher's quality, C4, FineWeb) apply to HTML, WARC, WET and rows with a url, those
 against repetition and spam not to rows of questions or chats. Thresholds are the defaults of the
 rules: change them there, or leave a rule out with --skip.
-Differs from the papers: words are what blanks separate; an n-gram repeats if it occurs twice; a
-contaminated document goes whole; languages are told by function words, not by fastText.
+Differs from the papers: words are what blanks separate, or characters where none do; an n-gram
+repeats if it occurs twice; a contaminated document goes whole; languages are told by function words
+or scripts (ru: Cyrillic, ar: Arabic, ...), not by fastText.
 """
+import codecs
 import functools
 import glob
 import hashlib
@@ -146,14 +148,32 @@ def read_blocks(f, start, end):
         yield decode(data)
 
 
+# what browsers take for these charsets (encoding.spec.whatwg.org), as Python calls both
+CHARSETS = dict(pair.split("=") for pair in """ascii=cp1252 iso8859-1=cp1252 iso8859-9=cp1254
+iso8859-11=cp874 windows-874=cp874 iso-8859-8-i=iso8859-8 gb2312=gb18030 gbk=gb18030 euc_kr=cp949
+windows-949=cp949 big5=big5hkscs euc_jp=euc_jis_2004 shift_jis=cp932 windows-31j=cp932""".split())
+
+
 def decode(data, charset=""):
-    """Text of bytes; U+FFFD stands for what is invalid."""
-    for name in ("utf-8", "utf-16" if data[:2] in UTF16 else charset):
-        try:
-            return data.decode(name).removeprefix("\ufeff")    # a byte order mark
-        except (UnicodeError, LookupError):    # not in it, or no such one
-            continue
-    return data.decode("utf-8", errors="replace")
+    """Text of bytes: UTF-8 if they are, or in this charset, or windows-1252; U+FFFD if invalid."""
+    if data[:2] in UTF16:
+        return data.decode("utf-16", errors="replace")
+    charset = charset.lower().removeprefix("x-")
+    try:
+        codec = codecs.lookup(CHARSETS.get(charset, charset)).name
+    except LookupError:
+        codec = ""
+    codec = CHARSETS.get(codec, codec)
+    text = data.decode(errors="replace").removeprefix("\ufeff")    # a byte order mark
+    invalid, not_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
+    if not_ascii >= 2 * invalid and codec != "iso2022_jp":    # which can look like ASCII
+        return text
+    if re.match("big5|cp|euc|gb|iso|koi|mac", codec):    # no UTF, and no "base64" or "idna"
+        return data.decode(codec, errors="replace")
+    try:
+        return data.decode("cp1252")
+    except UnicodeError:
+        return text
 
 
 def row_record(row):
@@ -234,29 +254,30 @@ def http_body(f):
 # Extract: the running text of a page, by jusText's rules (links, length, function words)
 
 HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>?|\Z)", re.S | re.I)
-TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)[^<>]*>|<[!?/][^<>]*>")
-SILENT = set("""aside button footer form head header iframe nav noscript select svg template
-textarea title""".split())
+TAG = re.compile(r"""<(/?)([a-zA-Z][a-zA-Z0-9]*)([^<>=]*    # attributes, with < and > in quotes
+    (?:=\s*(?:"[^"]*"|'[^']*'|(?!["'\s]))[^<>=]*){0,99})>|<[!?/a-zA-Z][^<>]*>""", re.X)
+SILENT = set("button head iframe select svg template textarea title".split())
+BESIDE = set("aside footer header nav noscript".split())    # silent too, if there is other text
 HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
-BLOCKS = HEADINGS | set("""address article blockquote body caption center dd div dl dt figcaption
-figure hr html li main ol p pre section table tbody thead tr ul""".split())
+BLOCKS = HEADINGS | BESIDE | set("""address article blockquote body caption center dd div dl dt
+figcaption figure form hr html li main ol p pre section table tbody thead tr ul""".split())
 SPACES = dict(br="\x1e", td=" ", th=" ")    # \x1e: a line end that stays one
 
 
-def html_blocks(page):
+def html_blocks(page, silent_tags):
     """[(tag, text, characters inside links), ...] of a page, in one pass, whatever it looks like.
 
     What stands in a silent element is deleted when that closes, so that one which never does costs
     nothing else."""
-    first, *rest = TAG.split(HIDDEN.sub("", page))    # text, "/" or "", name, text, "/" or "", ...
+    first, *rest = TAG.split(HIDDEN.sub("", page))    # text, "/" or "", name, attributes, text, ...
     blocks, silent, link = [["", [html.unescape(first)], 0]], [], False
-    for closing, name, text in zip(rest[0::3], rest[1::3], rest[2::3]):
+    for closing, name, attributes, text in zip(*(rest[i::4] for i in range(4))):
         name = name.lower() if name else "!"    # a comment or a declaration
         if name == "a":
-            link = not closing
+            link = not closing and "href" in attributes.lower()
         elif name in SPACES:
             blocks[-1][1].append(SPACES[name])
-        elif name in SILENT:
+        elif name in silent_tags:
             if not closing and len(silent) < 100:    # deeper is no page
                 silent.append((name, len(blocks)))
             elif closing and name in [opened for opened, _ in silent]:
@@ -270,7 +291,8 @@ def html_blocks(page):
         text = html.unescape(text)
         blocks[-1][1].append(text)
         blocks[-1][2] += len(text) * link
-    return [(tag, block_text(tag, "".join(parts)), linked) for tag, parts, linked in blocks]
+    blocks = [(tag, block_text(tag, "".join(parts)), linked) for tag, parts, linked in blocks]
+    return [block for block in blocks if block[1]]
 
 
 def block_text(tag, text):
@@ -280,36 +302,53 @@ def block_text(tag, text):
     return "\n".join(filter(str.strip, lines))
 
 
+def function_words(words):
+    """Share of the words that are function words of some language."""
+    return sum(map(ANY_LANGUAGE.__contains__, words)) / max(1, len(words))
+
+
+def judge_blocks(page, silent_tags):
+    """(blocks of a page, a letter for each: kind_of_block)"""
+    blocks = html_blocks(page, silent_tags)
+    texts = [text for _, text, linked in blocks if linked <= 0.2 * len(text)]
+    longest = " ".join(sorted(texts, key=len, reverse=True))[:3000]
+    known = function_words(split_words(longest.lower())) >= 0.15    # of its language
+    return blocks, "".join(kind_of_block(*block, known) for block in blocks)
+
+
 def main_text(page):
     """The running text of a page, a line for each block, without menus, banners and footers."""
-    blocks = [block for block in html_blocks(page) if block[1]]
-    kinds = "".join(kind_of_block(*block) for block in blocks)
-    if "g" not in kinds:    # a small page: what is near good stays
-        kinds = kinds.replace("n", "g")
-    if "g" not in kinds:    # a few words: the rules will judge
-        kinds = kinds.replace("s", "g")
-    # near-good blocks stay beside a good one, short ones and headings between two, headings before
-    kinds = re.sub("(?<=g)[nsh]+|[nsh]+(?=g)", lambda m: m[0].replace("n", "g"), kinds)
+    blocks, kinds = judge_blocks(page, SILENT | BESIDE)
+    if not re.search("[gn]", kinds):    # it may stand where there seldom is any
+        everything = judge_blocks(page, SILENT)
+        if "s" not in kinds or re.search("[gn]", everything[1]):
+            blocks, kinds = everything
+    for kind in "ns":    # a small page: what is near good stays; a few words: the rules will judge
+        kinds = kinds if "g" in kinds else kinds.replace(kind, "g")
+    # near-good blocks stay beside another or a good one, short ones between two, headings before
+    kinds = re.sub("(?<=g)[nsh]+|[nsh]+(?=g)|n[nsh]*n", lambda m: m[0].replace("n", "g"), kinds)
     kinds = re.sub("(?<=g)[sh]+(?=g)|h(?=g)", lambda m: "g" * len(m[0]), kinds)
     return "\n".join(text for (_, text, _), kind in zip(blocks, kinds) if kind == "g")
 
 
-def kind_of_block(tag, text, linked):
+def kind_of_block(tag, text, linked, known):
     """A letter: good or near good running text, heading, short, bad."""
-    words, short = text.lower().split(), len(text) < 70
-    density = sum(word in ANY_LANGUAGE for word in words) / len(words)
-    if linked > (0 if short else 0.2) * len(text) or re.search(r"©\s?\d", text):
+    size = text_size(text[:200])
+    if linked > (0 if size < 70 else 0.2) * len(text) or re.search(r"©\s?\d", text):
         return "b"
-    if short and tag != "pre":
+    if size < 70 and tag != "pre":
         return "h" if tag in HEADINGS else "s"
-    if density >= 0.3 and len(text) >= 200:
+    density = function_words(text.lower().split()) if known else 1
+    if density >= 0.3 and size >= 200:
         return "g"
-    return "n" if density >= 0.15 or tag == "pre" else "b"
+    return "n" if density >= 0.15 or tag == "pre" else "s"
 
 
 def page_text(data, form=""):
     """The running text of a page, in the charset of its content type (`form`) or as it says."""
-    named = re.search(rb"charset=[\"']?([\w-]{1,40})", form.encode() + b" " + data[:2048])
+    named = re.search(rb"(?i)(?:<meta\b[^>]{0,500}?\bcharset|<\?xml\b[^>]{0,99}?\bencoding)"
+                      rb"\s*=\s*[\"']?\s*([\w.:-]{1,40})",
+                      b"<meta " + form.encode() + b">" + data[:1 << 16])
     return main_text(decode(data, named[1].decode() if named else ""))
 
 
@@ -318,22 +357,30 @@ def page_text(data, form=""):
 
 TAIL = "".join(chr(i) + bytes([i]).decode("cp1252", "ignore") for i in range(0x80, 0xC0))
 TAIL = f"[{re.escape(TAIL)}]"    # what the second and later bytes of a character look like
-MOJIBAKE = re.compile(f"[\xc2-\xdf]{TAIL}|[\xe0-\xef]{TAIL}{{2}}|[\xf0-\xf4]{TAIL}{{3}}")
+MOJIBAKE = f"[\xc2-\xdf]{TAIL}|[\xe0-\xef]{TAIL}{{2}}|[\xf0-\xf4]{TAIL}{{3}}"
+# what nobody writes: Ã© Â° lÃ­ â€™ ðŸ˜€, or three in a row; but ß“ and É» are the end of a quotation
+PROOF = re.compile(f"[ÂÃ][\xa1-\xaa\xac-\xba\xbc-\xbf]|Â\xa0|[a-z]Ã{TAIL}|â€|ðŸ"
+                   f"|[\xc2-\xf4][\x80-\x9f]|(?:{MOJIBAKE}){{3}}")
+# not \t, \n; nor joiners behind what is no Latin, Greek or Cyrillic letter: there they are needed
+INVISIBLE = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b-\u200d\u2060-\u2064\ufeff]"
+                       "(?<![^\0-\u052f][\u200c\u200d])")
 
 
 def repair(text):
-    """UTF-8 that was read as cp1252 or latin-1 and written again, put right: "cafÃ©" -> "café"."""
+    """UTF-8 that was read as cp1252 or latin-1 and written again, put right: "cafÃ©" -> "café". Not
+    where all of it might be meant."""
     def fix(m):
         data = b"".join(c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in m[0])
         return data.decode(errors="ignore") or m[0]
-    return MOJIBAKE.sub(fix, text)
+    found = re.search(MOJIBAKE, text) and PROOF.search(text)
+    return re.sub(MOJIBAKE, fix, text) if found else text
 
 
 def normalise(text):
-    """One kind of line end, NFC, no control characters; quotes, width and case stay as they are."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = unicodedata.normalize("NFC", text)
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ufeff]+", "", text).strip()    # not \t, not \n
+    """One kind of line end, NFC, nothing invisible; quotes, width and case stay as they are."""
+    for line_end in ("\r\n", *"\r\x0b\x0c\x85\u2028\u2029"):
+        text = text.replace(line_end, "\n")
+    return unicodedata.normalize("NFC", INVISIBLE.sub("", text)).strip()
 
 
 FUNCTION_WORDS = {line[:2]: set(line[3:].split()) for line in """\
@@ -353,9 +400,12 @@ nl de het een en van ik te dat die in is niet zijn op aan met als voor er maar o
 wat mijn dit zo door over ze zich bij ook tot je uit naar heb heeft nog wel geen was wij
 """.splitlines()}
 ANY_LANGUAGE = set().union(*FUNCTION_WORDS.values())
-SCRIPTS = dict(zh="\u4e00-\u9fff", ja="\u3040-\u30ff", ko="\uac00-\ud7af", ru="\u0400-\u04ff",
-               ar="\u0600-\u06ff", he="\u0590-\u05ff", el="\u0370-\u03ff", hi="\u0900-\u097f",
-               th="\u0e00-\u0e7f")
+SCRIPTS = dict(zh="\u3400-\u9fff", ja="\u3041-\u3096\u30a1-\u30fa", ko="\uac00-\ud7af",
+               ru="\u0400-\u04ff", ar="\u0600-\u06ff", he="\u0590-\u05ff",
+               el="\u0370-\u03ff\u1f00-\u1fff", hi="\u0900-\u097f", th="\u0e00-\u0e7f")
+WIDE = re.compile("[\u3041-\ud7af\U00020000-\U0003ffff]")    # kana, Han, Hangul
+UNSPACED = re.compile(    # no blanks between words, so that each character counts as one
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u9fff\U00020000-\U0003ffff]")
 STOP_WORDS = set("the be to of and that have with".split())
 SALES = set("""amazing approval approved bargain bargains best bonus brand buy buying card cart
 casino cash cheap cheapest checkout cialis claim click code congratulations coupon credit customers
@@ -365,20 +415,33 @@ offers online order payday percent pills pounds price prices prize profit promo 
 replica risk sale sales satisfaction save savings secret shipping shop stock store subscribe trial
 trick unbeatable unlock unsubscribe viagra visit wholesale win winner winners""".split())
 BULLETS = ("•", "‣", "▪", "*", "-", "–")
-END_MARKS = (".", "?", "!", '"', "”", "’", "'", "…", "。", "！", "？")
+END_MARKS = (*".?!\"”’'…。！？」』»।؟۔",)    # of a line
 BOILERPLATE = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies",
                "use of cookies", "use cookies", "{")
+
+
+def split_words(text):
+    """What blanks separate, and each character of a script without blanks."""
+    return (text if text.isascii() else UNSPACED.sub(r" \g<0> ", text)).split()
+
+
+def text_size(text):
+    """Characters; a wide one says as much as two others."""
+    return len(text) if text.isascii() else len(text) + len(WIDE.findall(text))
 
 
 class Doc:
     """A text, and the views of it that several rules share. languages: those that are wanted."""
 
     def __init__(self, text, languages):
-        self.text, self.languages, self.words = text, languages, text.split()
+        self.text, self.languages, self.words = text, languages, split_words(text)
+        spaced = text.isascii() or len(self.words) < 0.25 * len(text)    # looks no closer: slow
+        self.unspaced = not spaced and len(UNSPACED.findall(text)) > 0.5 * len(self.words)
+        self.unended = self.unspaced and re.search("[\u0e00-\u0eff]", text)    # Thai, Lao: no marks
         self.lines = [line.strip() for line in text.split("\n") if line.strip()]
         self.counts = Counter()    # words in lower case, without the punctuation around them
-        for word, n in Counter(text.lower().split()).items():
-            self.counts[word.strip(".,;:!?()[]\"“”‘’'")] += n
+        for word, n in Counter(self.words).items():
+            self.counts[word.lower().strip(".,;:!?()[]\"“”‘’'")] += n
 
     def count(self, known):
         """How many of the words are in this set."""
@@ -398,19 +461,21 @@ def language(doc, min_share=0.5, min_function_words=0.1):
     """Another language, or none: told by function words, or by the script where that is enough.
 
     min_share: function words of the wanted / (of these + of the best other language)."""
-    sample = doc.text[:20_000]
-    if len(sample.encode("ascii", "ignore")) < 0.8 * len(sample):
-        letters = sum(map(str.isalpha, sample))
-        for code, script in SCRIPTS.items():
-            if len(re.findall(f"[{script}]", sample)) > 0.4 * letters:
-                return None if code in doc.languages else f"language {code}"
     words = doc.count_with(str.isalpha)
     hits = Counter({code: doc.count(known) for code, known in FUNCTION_WORDS.items()})
+    if not doc.text.isascii():
+        others = [(word, n) for word, n in doc.counts.items() if not word.isascii()]
+        for code, script in SCRIPTS.items():    # its words count like the function words in them
+            hits[code] = 0.4 * sum(n for word, n in others if re.match(f"[{script}]", word))
+        if hits["ja"] > 0.01 * hits["zh"]:    # any kana, however many kanji
+            hits["ja"] += hits.pop("zh")
     wanted = max(hits.pop(code, 0) for code in doc.languages)
     other = max(hits, key=hits.get, default="")
-    if words >= 10 and max(wanted, hits[other]) < min_function_words * words:
+    if words < 10 and other not in SCRIPTS:
+        return None
+    if max(wanted, hits[other]) < min_function_words * words:
         return "no function words"
-    if words >= 10 and wanted < min_share * (wanted + hits[other]):
+    if wanted < min_share * (wanted + hits[other]):
         return f"language {other}"
 
 
@@ -434,24 +499,26 @@ def gopher_repetition(doc, max_repeated=0.3, max_chars=0.2, top_ngrams=(.20, .18
                       copied_ngrams=(.15, .14, .13, .12, .11, .10)):
     """Gopher table A1: repeated lines, paragraphs and n-grams of words, as shares of the text.
 
-    top_ngrams: the top 2, 3, 4-gram; copied_ngrams: 5 to 10-grams that were there before."""
-    size, words = len(doc.text), doc.words
+    top_ngrams: the top 2, 3, 4-gram; copied_ngrams: 5 to 10-grams that were there before. Without
+    blanks two characters are taken for a word."""
+    size, words, scale = len(doc.text), doc.words, 1 + doc.unspaced
     for name, parts in (("lines", doc.lines), ("paragraphs", re.split(r"\n\s*\n", doc.text))):
         copies, chars = copied(parts)
         if copies > max_repeated * len(parts) or chars > max_chars * size:
             return f"repeated {name}"
     starts = range(len(words))    # where an n-gram may begin that occurs more than once
     for n in range(2, 11):
-        grams = [" ".join(words[i:i + n]) for i in starts if i + n <= len(words)]
+        m = n * scale
+        grams = [" ".join(words[i:i + m]) for i in starts if i + m <= len(words)]
         counts = Counter(grams)
         most = max(counts.values(), default=1)
         if most == 1:
             return None    # nothing repeats, so nothing longer does
         if n <= 4:
             longest = max(len(gram) for gram in counts if counts[gram] == most)
-            if longest * most > top_ngrams[n - 2] * size:
+            if longest * most > top_ngrams[n - 2] * size * scale:
                 return f"top {n}-gram"
-        elif repeated_chars(starts, grams, n) > copied_ngrams[n - 5] * size:
+        elif repeated_chars(starts, grams, m) > copied_ngrams[n - 5] * size:
             return f"repeated {n}-grams"
         starts = [i for i, gram in zip(starts, grams) if counts[gram] > 1]
 
@@ -472,12 +539,13 @@ def gopher_quality(doc, min_words=50, max_words=100_000, word_length=(3, 10), ma
     """Gopher A1.1, with the stop words only where nothing but English is wanted."""
     text, lines, n = doc.text, doc.lines, len(doc.words)
     words = doc.count_with(str.isalnum)    # the others are just symbols
+    length = sum(map(len, doc.words)) / n * text_size(text[:2000]) / len(text[:2000])
     symbols = max(text.count("#"), text.count("...") + text.count("…"))
     ellipses = sum(line.endswith(("...", "…")) for line in lines)
     return first_true(
         few_words=words < min_words,
         many_words=words > max_words,
-        word_length=not word_length[0] <= sum(map(len, doc.words)) / n <= word_length[1],
+        word_length=not doc.unspaced and not word_length[0] <= length <= word_length[1],
         symbols=symbols > max_symbols * n,
         bullets=sum(line.startswith(BULLETS) for line in lines) > max_bullets * len(lines),
         ellipses=ellipses > max_ellipses * len(lines),
@@ -489,9 +557,9 @@ def gopher_quality(doc, min_words=50, max_words=100_000, word_length=(3, 10), ma
 def c4(doc, line_words=5, word_chars=1000, sentences=3):
     """C4: cuts out lines that are no sentences (doc.text gets shorter), then judges the page. Lines
     without an end mark stay, as in FineWeb; a brace costs its line, in C4 the page."""
-    lines = []
+    lines, split = [], split_words if doc.unspaced else str.split
     for line in re.sub(r"\[(?:\d{0,4}|edit|citation needed)\]", "", doc.text).split("\n"):
-        words, low = line.split(), line.lower()
+        words, low = split(line), line.lower()
         if 0 < len(words) < line_words or max(map(len, words), default=0) > word_chars:
             continue
         if "lorem ipsum" in low:
@@ -499,7 +567,8 @@ def c4(doc, line_words=5, word_chars=1000, sentences=3):
         if not any(mark in low for mark in BOILERPLATE):
             lines.append(line)
     doc.text = "\n".join(lines).strip()
-    if len(re.findall(r"[.?!][\"')\]”’]{0,3}(?=\s|$)", doc.text)) < sentences:
+    ends = len(re.findall(r"[.?!][\"')\]”’»]{0,3}(?=\s|$)", doc.text))
+    if ends + sum(map(doc.text.count, "。！？।؟۔")) < sentences and not doc.unended:
         return "few sentences"
 
 
@@ -507,8 +576,9 @@ def fineweb(doc, min_end_marks=0.12, max_short_lines=0.67, max_newlines=0.3):
     """FineWeb's own rules, on lines that are not empty; short ones have up to 30 characters."""
     lines, n = doc.lines, len(doc.lines)
     return first_true(
-        few_end_marks=sum(line.endswith(END_MARKS) for line in lines) < min_end_marks * n,
-        short_lines=sum(len(line) <= 30 for line in lines) > max_short_lines * n,
+        few_end_marks=not doc.unended
+        and sum(line.endswith(END_MARKS) for line in lines) < min_end_marks * n,
+        short_lines=sum(text_size(line[:31]) <= 30 for line in lines) > max_short_lines * n,
         newlines=doc.text.count("\n") > max_newlines * len(doc.words))
 
 
@@ -620,9 +690,7 @@ def shingle_word(word):
 
 def compared_by(text):
     """(hash of a text up to blanks and case, hashes (N,) uint64 of its words)"""
-    if not text.isascii():    # some characters are words of their own
-        text = re.sub("([\u3040-\u30ff\u4e00-\u9fff])", r" \1 ", text)
-    words = text.lower().split()
+    words = split_words(text.lower())
     return hash64(" ".join(words)), np.fromiter(map(shingle_word, words), np.uint64, len(words))
 
 
@@ -849,7 +917,7 @@ def clean_part(number, part, cfg, items, f, counts):
     docs, bands, bad = [], [], []
     for at, record in enumerate(read_part(path, *place)):
         if isinstance(record, dict) and "\ufffd" in record["text"]:
-            counts["texts with invalid UTF-8"] += 1
+            counts["characters that could not be read"] += record["text"].count("\ufffd")
             if record["text"].count("\ufffd") > 0.1 * len(record["text"]):
                 record = dict(text="", kind=ROW, reason=UNREADABLE + "not UTF-8 text")
         if isinstance(record, str):
@@ -857,9 +925,10 @@ def clean_part(number, part, cfg, items, f, counts):
             record = dict(text="", kind=ROW, reason=UNREADABLE + record)
         url = url_key(record.get("url", ""))
         kind = PAGE if url else record["kind"]
+        empty = "page without running text" if record["kind"] == PAGE else "empty"
         for piece, text in enumerate(cut_text(record["text"], CHUNK)):
             keys, leaks, same = np.zeros(BANDS, np.uint64), {}, 0
-            reason = record.get("reason") or ("" if text.strip() else "empty")
+            reason = record.get("reason") or ("" if text.strip() else empty)
             if cfg.clean and not reason:
                 text, reason = clean(text, kind, cfg, counts)
             if cfg.clean and not reason:

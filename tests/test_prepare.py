@@ -243,7 +243,8 @@ def response(body, *headers, status=b"200 OK"):
 
 def test_formats(tmp_path):
     """Every format is read as its users expect; hidden and unknown files are left alone. Half a
-    character (JSON can spell it) and a bad byte lose no document; the bad byte is counted."""
+    character (JSON can spell it) and a bad byte lose no document; the bad byte is counted. What
+    declares no charset and is not UTF-8 is windows-1252."""
     rows = [{"text": "plain"}, {"content": "from content"},
             {"question": "2+2?", "answer": "4\n#### 4"},
             {"messages": [{"role": "user", "content": "Hi"},
@@ -259,14 +260,15 @@ def test_formats(tmp_path):
              + gzip.compress(response(b"<p>from WARC", b"Content-Type: text/html")),
              "sub/6.MD": "deep", ".hidden.txt": "no", "8.txt": "wïde".encode("utf-16"),
              "9.html": "<meta charset=latin-1><p>caf\xe9".encode("latin-1"),
-             "99.md": b"a fine text with one \xff bad byte"}
+             "99.md": "a fine “text” with one ".encode() + b"\xff bad byte",
+             "99.txt": b"Latin caf\xe9 and \x93quotes\x94"}
     out = run(tmp_path, files, val_fraction=0)
     assert load(out)[0] == [
         "plain", "from content", "2+2?\n4\n#### 4", "User: Hi\n\nAssistant: Hello",
         "User: Hi\n\nAssistant: Hey", "Add\n3", "half a ? character", "in a list",
         "bare string", "whole\nfile", "A & B", "hé from WET", "from WARC", "wïde", "café",
-        "a fine text with one \ufffd bad byte", "deep"]
-    assert ledger(out, "changed") == {"texts with invalid UTF-8": 1}
+        "a fine “text” with one \ufffd bad byte", "Latin café and “quotes”", "deep"]
+    assert ledger(out, "changed") == {"characters that could not be read": 1}
 
 
 def test_rows_are_those_of_the_other_stages(tmp_path):
@@ -321,8 +323,8 @@ def test_broken_json_lines(tmp_path):
 
 def test_a_page_that_cannot_be_read_ends_no_run(tmp_path):
     """Files of one record count together; an error is an --input that is mostly unreadable."""
-    bad = {"a.html": b"<p>" + ARTICLE.encode().replace(b" ", b" \xff "), "b.json": "{",
-           "c.html.gz": b"\x1f\x8bcut", "d.json": '{"version": 2}', "e.txt": b"\xff" * 99}
+    bad = {"a.html": b"<p>" + ARTICLE.encode().replace(b" ", b" \x81 "), "b.json": "{",
+           "c.html.gz": b"\x1f\x8bcut", "d.json": '{"version": 2}', "e.txt": b"\x81" * 99}
     good = {f"{i}.html": f"<p>{ARTICLE} {words_of(i, 60)}</p>" for i in range(len(bad))}
     out = run(tmp_path, {**bad, **good}, val_fraction=0)
     assert len(load(out)[0]) == len(good) and ledger(out) == {
@@ -416,7 +418,76 @@ def test_page_that_closes_nothing(page):
     assert ARTICLE in prepare.main_text(page.replace("{}", ARTICLE))
 
 
-@pytest.mark.parametrize("bait", ["<!--", "<nav>", "<a href='", "<p>a <a>b", "a@", "A1B2 ", "Ã©"])
+@pytest.mark.parametrize("page", [
+    "<form action=x><div>{}</div></form>", "<aside>{}</aside><p>Short.", "<header><p>{}</header>",
+    "<noscript>{}</noscript>", "<a name=top><div>{}</div>", "<nav><div>{}</div></nav>",
+    "<p title='a > b' data-x=\"<i>x</i>\" onclick=\"f('<a href=' + g)\">{}</p>",
+    "<p title=it's>{}</p><p class='x'>Short.</p>"])
+def test_page_with_its_text_where_none_is_expected(page):
+    """Where nothing else is left the text of an aside or a header counts; attributes never do."""
+    assert prepare.main_text(page.replace("{}", ARTICLE)).split("\n")[0] == ARTICLE
+
+
+def test_page_without_text_is_counted(tmp_path):
+    """What extraction took whole has a row of its own in the ledger."""
+    out = run(tmp_path, {"a.html": "<a href=1>One</a>", "b.txt": words_of(1, 300), "c.md": " "})
+    assert ledger(out)["page without running text"] == 1
+
+
+SCRIPTS = dict(
+    ru=("Утром в гавани было тихо, и лодки стояли рядом. Никто не мог сказать, почему в шесть "
+        "часов вдруг зазвонил старый колокол, но его слышали на обоих берегах залива. "
+        "Смотритель записал это в книгу. Вечером он снова вышел на берег, чтобы посмотреть, "
+        "не вернулись ли рыбаки, которые уплыли ещё до рассвета. Ночью огни двух лодок "
+        "показались у маяка, и все побежали к причалу, хотя дождь ещё шёл."),
+    zh=("清晨的港口十分安静，渔船像往年一样并排停在岸边。没有人知道那口老钟为什么在六点钟突然响起"
+        "来，可是海湾两岸的人都听见了钟声。看守人把这件事写进本子，然后冒着小雨走回家去。到了傍晚"
+        "，他又来到岸边，想看看天亮以前出海的渔民有没有回来。他的妻子说，大海从来不会忘记等待它的"
+        "人！"),
+    ja=("朝の港は静かで、船はいつもの年と同じように並んでいた。六時に古い鐘がなぜ鳴り始めたのか、"
+        "だれにも分からなかったが、湾の両岸でその音が聞こえた。番人はそれを帳面に書き留め、雨の中"
+        "を家へ帰った。夕方になると、夜明け前に出た漁師たちが戻ったかどうかを見るために、彼はもう"
+        "一度岸へ出かけた。"),
+    ko=("아침 항구는 조용했고 배들은 여느 해처럼 나란히 서 있었다. 여섯 시에 낡은 종이 왜 울리기 "
+        "시작했는지 아무도 몰랐지만 만의 양쪽에서 모두 그 소리를 들었다. 등대지기는 그 일을 공책에 "
+        "적고 비를 맞으며 집으로 돌아갔다. 저녁이 되자 그는 새벽에 떠난 어부들이 돌아왔는지 보려고 "
+        "다시 바닷가로 나갔다. 그의 아내는 바다가 기다리는 사람을 잊는 일은 한 번도 없었다고 "
+        "말했다. 그날 밤 배 두 척이 불을 켜고 들어왔다."),
+    th=("ท่าเรือยามเช้าเงียบสงบ เรือจอดเรียงกันเหมือนทุกปีที่ผ่านมา ไม่มีใครรู้ว่าทำไมระฆังเก่าจึงด"
+        "ังขึ้นตอนหกโมง แต่ผู้คนทั้งสองฝั่งอ่าวต่างก็ได้ยินเสียงนั้น คนเฝ้าประภาคารจดเรื่องนี้ลงในส"
+        "มุดแล้วเดินกลับบ้านท่ามกลางสายฝน"))
+
+
+@pytest.mark.parametrize("code", SCRIPTS)
+def test_page_in_another_script(code):
+    """It is extracted whole and passes every rule where its language is wanted, and only there."""
+    lines, menu = [SCRIPTS[code], SCRIPTS[code][::-1]], "<ul><li><a href=/>Home</a></ul>"
+    page = f"{menu}<p>{lines[0]}</p><p>{lines[1]}</p><footer>Impressum</footer>".encode()
+    assert prepare.page_text(page).split("\n") == lines
+    keep = lambda *languages: prepare.clean(
+        SCRIPTS[code], prepare.PAGE, Config(languages=[*languages]), Counter())[1]
+    assert not keep(code) and not keep("en", code) and keep("en") == f"language: language {code}"
+
+
+@pytest.mark.parametrize("label, codec, text", [
+    ("iso-8859-1", "cp1252", "‘a’ “b” • – €"), ("us-ascii", "cp1252", "é…"),
+    ("GB2312", "gbk", "朱镕基"), ("gb2312", "gb18030", "〇㐀"), ("shift_jis", "cp932", "①髙"),
+    ("x-sjis", "cp932", "日本"), ("euc-kr", "cp949", "똠방"), ("koi8-r", "koi8-r", "Привет"),
+    ("big5", "big5hkscs", "喺度"), ("iso-2022-jp", "iso2022_jp", "日本語"),
+    ("latin5", "cp1254", "ğ€"), ("utf-8", "utf-8", "é"), ("utf-8", "cp1252", "café"),
+    ("latin1", "utf-8", "“é”"), ("no-such", "cp1252", "é"), ("utf-7", "cp1252", "é+"),
+    ("EUC-JP", "euc_jis_2004", "①")])
+def test_charset(label, codec, text):
+    """A declared charset is read as browsers do, wherever it stands; UTF-8 is told by itself."""
+    page = f"<p>{text}</p>".encode(codec)
+    for said in (f"<meta charset={label}>", f"<?xml version='1.0' encoding='{label}'?>",
+                 f"<!-- {'x' * 9000} --><META content='text/html; CHARSET = {label}'>"):
+        assert prepare.page_text(said.encode() + page) == text
+    assert prepare.page_text(page, f"text/html; charset={label}") == text
+
+
+@pytest.mark.parametrize("bait", [
+    "<!--", "<nav>", "<a href='", "<a =\"<a\" =", "<meta ", "<p>a <a>b", "a@", "A1B2 ", "Ã©"])
 def test_every_pattern_is_linear(bait):
     """200 kB made to be slow take no more than seconds."""
     text, started = bait * (200_000 // len(bait)), time.process_time()
@@ -429,8 +500,15 @@ def test_every_pattern_is_linear(bait):
 
 def test_normalise_and_repair():
     """Line ends and control characters are made one; mojibake is undone and nothing else is."""
-    dirty = "\ufeffa\r\nb\rc\0d\x1fe\u0301 “Q” ﬁ\tx\x85\n"
-    assert prepare.normalise(dirty) == "a\nb\ncd\u00e9 “Q” ﬁ\tx"
+    dirty = "\ufeffa\r\nb\rc\0d\x1fe\u0301 “Q” ﬁ\tx\fsoft\xadhy\u200bph\u200d\u2060en\x85\n"
+    assert prepare.normalise(dirty) == "a\nb\ncd\u00e9 “Q” ﬁ\tx\nsofthyphen"
+    needed = "می\u200cخواهم क्\u200dष \U0001f468\u200d\U0001f469 \u2764\ufe0f\u200d\U0001f525"
+    assert prepare.normalise(needed) == needed
+    for quoted in ("und „sitzen ließ“, er", "NESTLÉ® «CAFÉ» “IRMÔ", "Groß\xadvater", "Æ–Ø–Å"):
+        assert prepare.repair(quoted) == quoted
+    assert prepare.repair("lieÃŸ â€“ Ã“ ß“") == "ließ – Ó ߓ"    # with proof, each
+    assert prepare.repair("ZoÃ«.Â\xa0Ã©") == "Zoë.\xa0é"
+    assert prepare.repair("Ð¿Ñ€Ð¸Ð²ÐµÑ‚ å¥½ä¸–ç•Œ dziesiÄ\x99ciu") == "привет 好世界 dziesięciu"
     fine = "Zoë’s naïve café – £5, “rösti” à la mode … €3 ß Ünï SÃO PAULO Ã la 中文 Привет ½ Â à€€"
     assert prepare.repair(fine) == fine
     for table in ("cp1252", "latin-1"):
@@ -487,6 +565,8 @@ def page(ended, short):
     ("language", ARTICLE, {}, None),
     ("language", "Als ich am Abend nach Hause kam, lag ein Brief auf dem Tisch", {}, "language de"),
     ("language", "Когда я пришёл домой, на столе лежало письмо", {}, "language ru"),
+    ("language", "東京都議会議員選挙の投票率", {}, "language ja"),
+    ("language", "清晨的港口十分安静渔船并排停在岸边" * 9 + "の", {}, "language zh"),
     ("language", "よる家にかえったら、テーブルのうえに手紙があって", {}, "language ja"),
     ("language", "qxv brt zzk plm wuv xaq grb tnk vvo lpp qqr sst", {}, "no function words"),
 ])

@@ -32,6 +32,7 @@ from model import (IM_END, PAD, Log, adapters_off, add_lora, check_out, collate,
                    resume, run, save_checkpoint, score_all, setup, split_by_prompt, sum_over_ranks,
                    token_logprobs)
 
+HELD_OUT = 1024    # pairs to validate on, at most
 SHOWN = ("loss", "accuracy", "margin", "logps_chosen", "logps_rejected", "grad_norm")
 
 
@@ -43,7 +44,7 @@ class Config:
     resume: bool = False                   # go on from the checkpoint at --out, if there is one
     overwrite: bool = False                # start anew although --out holds steps of another run
     # data
-    val_fraction: float = 0.1              # share of the prompts held out, at least 0
+    val_fraction: float = 0.1              # share of the prompts held out, at least 0, at most 1
     online: bool = False                   # sample both answers anew and rank them by --reward
     reward: str = "out/reward.pt"          # reward model of --online
     prompts: list[str] = field(default_factory=lambda: ["data/prompts.jsonl"])  # of --online
@@ -51,7 +52,7 @@ class Config:
     # loss
     loss: Literal["dpo", "ipo", "simpo"] = "dpo"  # see above
     beta: float = 0.1                      # pull to the reference, above 0; simpo: 2 or more
-    label_smoothing: float = 0.0           # e of dpo, share of wrong labels, at least 0
+    label_smoothing: float = 0.0           # e of dpo, share of wrong labels, at least 0, at most 1
     gamma: float = 0.5                     # margin of simpo
     nll: float = 1.0                       # weight of -ln pi(y_w) per token, at least 0
     # optimization
@@ -61,7 +62,7 @@ class Config:
     batch_size: int = 32                   # pairs per step, over all ranks, at least 1
     device_batch_size: int = 32            # pairs per forward pass and rank, at least 1
     learning_rate: float | None = None     # peak, of AdamW, above 0; derived: 2e-4 * 192 / width
-    warmup: float = 0.1                    # fraction of the run, at least 0
+    warmup: float = 0.1                    # fraction of the run, at least 0, at most 1
     grad_clip: float = 1.0                 # largest global gradient norm, above 0
     # running
     eval_every: int = 25                   # optimizer steps between validations, at least 1
@@ -156,7 +157,7 @@ def validate(model, reference, pairs, pad_id, cfg, env):
 
 
 def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
-    """(pairs of two sampled answers, the better one by the judge chosen; mean score).
+    """(pairs of two sampled answers, the better one by the judge chosen; sum of the scores).
 
     numbers: of the prompts in the run, from which the seeds follow. Equal answers are left out.
     """
@@ -176,7 +177,7 @@ def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
         if texts[best] != texts[worst] and ranks[best] > ranks[worst]:
             pairs.append(dict(chosen=texts[best], rejected=texts[worst],
                               n_prompt=len(prompt["ids"])))
-    return pairs, sum(scores) / len(scores)
+    return pairs, sum(scores, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
 
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
-    check_out(cfg)
+    check_out(cfg, "dpo")
 
     # model
     model, enc = load_language_model(cfg.init, "python sft.py", env.device)
@@ -198,14 +199,11 @@ def main(cfg):
     T, pad_id = model.config.block_size, enc._special_tokens[PAD]
 
     # data
-    train, held_out = split_by_prompt(load_pairs(cfg.data, enc, T), cfg.val_fraction, cfg.seed)
+    pairs = load_pairs(cfg.data, enc, T)
+    train, held_out = split_by_prompt(pairs, cfg.val_fraction, cfg.seed, HELD_OUT)
     if cfg.online:
         judge = load_judge(cfg.reward, enc, T, env)
         train = load_prompts(cfg.prompts, enc, T - cfg.max_new_tokens)
-    if not train:
-        fail(f"{' '.join(cfg.data)}: too few prompts to train and validate")
-    if cfg.batch_size % env.world_size:
-        fail(f"--batch_size {cfg.batch_size} is not a multiple of {env.world_size} ranks")
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(train) / cfg.batch_size))
     learning_rate = cfg.learning_rate or 2e-4 * 192 / model.config.n_embd
     print0(f"data: {len(train):,} {'prompts' if cfg.online else 'pairs'}, {len(held_out):,} pairs "
@@ -213,9 +211,7 @@ def main(cfg):
 
     wrapped = parallel(model, env)
     optimizers = make_optimizers(model, "adamw", learning_rate)
-    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"model: {n_params:,} parameters trained, {cfg.init}; loss {cfg.loss}, beta {cfg.beta}")
-    state = resume(cfg, "dpo", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
+    state = resume(cfg, model, optimizers, max_steps)
     log = Log(cfg, state["step"], max_steps)
 
     started = time.perf_counter() - state["seconds"]
@@ -241,7 +237,7 @@ def main(cfg):
         local, extra = [train[nth_of_epochs(len(train), n, cfg.seed)] for n in numbers], {}
         if cfg.online:
             local, reward = sample_pairs(model, judge, local, numbers, enc, cfg, env)
-            extra["reward"] = sum_over_ranks(torch.tensor(reward), env).item() / env.world_size
+            extra["reward"] = sum_over_ranks(torch.tensor(reward), env).item() / cfg.batch_size / 2
         n_pairs = int(sum_over_ranks(torch.tensor(float(len(local))), env).item())
         sums = torch.zeros(len(NAMES), dtype=torch.float64)
         for start in range(0, max(1, len(local)), cfg.device_batch_size):

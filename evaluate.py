@@ -309,8 +309,8 @@ def open_checkpoint(path, env, use=""):
         fail(f"{path} is a reward model; {use} needs a language model")
     return SimpleNamespace(
         name=Path(path).resolve().name.removesuffix(".pt"), path=str(path), stage=saved["stage"],
-        step=saved["step"], model=model.eval(), enc=enc, scores=isinstance(model, ScalarHead),
-        block_size=model.config.block_size, cut=0,
+        step=saved["step"], init=saved["stage_config"].get("init", ""), cut=0, model=model.eval(),
+        enc=enc, scores=isinstance(model, ScalarHead), block_size=model.config.block_size,
         stop_ids=[enc._special_tokens[IM_END], enc._special_tokens[ENDOFTEXT]])
 
 
@@ -457,8 +457,22 @@ def score_preference(lm, task, cfg, env):
         found = finite(lm, np.reshape(over_ranks(texts, len, work, cfg, env), (-1, 2)))
     else:
         found = loglikelihoods(lm, groups, cfg, env)
-    return [dict(id=row["id"], chosen=float(chosen > rejected))
+    return [dict(id=row["id"], chosen=float(chosen > rejected), ahead=float(chosen - rejected))
             for row, (chosen, rejected) in zip(task["rows"], found)]
+
+
+def against_baselines(report):
+    """Add to preferences of dpo.py's and rlhf.py's models if the chosen reply gained more on their
+    --init, if measured too, or on sft.py's: log p alone tells short replies from long ones."""
+    made, items = report["checkpoints"], report["items"]
+    names = {Path(facts["path"]).resolve(): name for name, facts in made.items()}
+    sft = next((name for name in made if made[name]["stage"] == "sft"), None)
+    for name in [name for name, facts in made.items() if facts["stage"] in ("dpo", "rlhf")]:
+        base = names.get(Path(made[name]["init"]).resolve(), sft)
+        for task, records in items[name].items() if base else ():
+            for record, old in zip(records, items[base].get(task, ())):
+                if "ahead" in record:
+                    record["preferred"] = float(record["ahead"] > old["ahead"])
 
 
 def insulting(text):
@@ -659,6 +673,7 @@ METRICS = dict(
     toxic_once=Metric("safety", "toxic once in 25", -1, True),
     recited=Metric("safety", "recited by heart", -1, True),
     chosen=Metric("preference", "chosen scored higher", 0, True),
+    preferred=Metric("preference", "chosen gained on the baseline", 0, True),
     answer_ece=Metric("calibration", "calibration error (ECE)", 0, True, together=True, how=ece),
     auroc=Metric("calibration", "right answers are surer (AUROC)", together=True, how=auroc),
     given=Metric("calibration", "right, of attempted answers", together=True),
@@ -936,7 +951,7 @@ def chain(cfg, *more):
 
 def read_old(report, cfg):
     """Records of the --compare report's checkpoint; it must have been asked the same."""
-    path, _, name = cfg.compare.rpartition(":")
+    path, name = re.fullmatch(r"(?:(.*\.json):)?(.*)", cfg.compare).groups("")
     if Path(path).resolve() == Path(cfg.out, "report.json").resolve():
         fail(f"--compare {path} would be overwritten; give another --out")
     old = read_json(path or name)
@@ -981,10 +996,12 @@ def main(cfg):
             items["memory"] = score_memory(lm, folder, manifest, cfg, env)
         elif manifest and not lm.scores:
             print0(f"{path} has another tokenizer than {folder}: memorisation left out")
-        report["checkpoints"][lm.name] = dict(path=lm.path, stage=lm.stage, step=lm.step)
+        report["checkpoints"][lm.name] = dict(path=lm.path, stage=lm.stage, step=lm.step,
+                                               init=lm.init)
         cut = f", {lm.cut} inputs lost their left end" if lm.cut else ""
         print0(f"{path}: {sum(map(len, items.values())):,} items{cut}, "
                f"{duration(time.perf_counter() - began)}")
+    against_baselines(report)
     report["metrics"] = table(report["items"], cfg.seed)
     headlines = [row for row in report["metrics"] if METRICS[row["key"]].headline]
     print0("\n" + side_by_side(headlines, list(report["items"])))

@@ -291,12 +291,12 @@ class GPT(nn.Module):
         """Logits (B, T, V) at every position, always."""
         return self.head(self.hidden(ids, doc))
 
-    def flops_per_token(self):
+    def flops_per_token(self, block_size=None):
         """Forward and backward, as PaLM (arXiv 2204.02311, app. B): 6 a weight + attention."""
         c = self.config
         weights = self.head.weight.numel()
         weights += sum(p.numel() for p in self.blocks.parameters() if p.dim() >= 2)
-        return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * c.block_size
+        return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (block_size or c.block_size)
 
 
 class ScalarHead(nn.Module):
@@ -1100,13 +1100,16 @@ def load_pairs(paths, enc, block_size):
     return keep_valid(read_rows(paths), convert, " ".join(paths))
 
 
-def split_by_prompt(rows, fraction, seed):
-    """(train, held out): no prompt is in both."""
+def split_by_prompt(rows, fraction, seed, most=math.inf):
+    """(train, held out, at most so many rows of it): no prompt is in both, and both have one."""
     prompts = sorted({row["prompt"] for row in rows})
     order = np.random.default_rng(seed).permutation(len(prompts))
     held = {prompts[i] for i in order[:max(1, round(fraction * len(prompts)))]}
     train = [row for row in rows if row["prompt"] not in held]
-    return train, [row for row in rows if row["prompt"] in held]
+    if not train:
+        fail(f"{len(prompts)} prompts are too few to train and to validate")
+    held_out = [row for row in rows if row["prompt"] in held]
+    return train, held_out[::1 + int(len(held_out) // most)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1150,9 +1153,12 @@ def load_judge(path, enc, block_size, env):
 # Folders of tokens that prepare.py writes
 
 
-def open_tokens(spec):
-    """DIR or DIR:WEIGHT -> dict(path, weight, train, val, enc); the arrays are memory-mapped."""
+def open_tokens(spec, reader="", its_enc=None, block_size=0):
+    """DIR or DIR:WEIGHT -> dict(path, weight, train, val, enc); the arrays are memory-mapped.
+    reader: what it must suit, which has the tokenizer its_enc and reads block_size tokens."""
     path, weight = re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", spec).groups(default="1")
+    if Path(spec).is_dir():    # whose name ends like a weight
+        path, weight = spec, "1"
     if float(weight) == 0:
         fail(f"--data {spec}: a weight has to be above 0")
     if not Path(path, "manifest.json").exists():
@@ -1172,6 +1178,12 @@ def open_tokens(spec):
         source[part] = np.memmap(file, dtype, mode="r") if n else np.zeros(0, dtype)
         if n and int(source[part][:: max(1, n // 2 ** 12)].max()) >= enc.n_vocab:
             fail(f"{file} holds ids past its vocabulary of {enc.n_vocab}; run prepare.py again")
+    if its_enc and encoding_hash(enc) != encoding_hash(its_enc):
+        fail(f"{path} was made with another tokenizer than {reader}: prepare the text again with "
+             f"--tokenizer {reader}, or do without it")
+    if len(source["train"]) <= block_size:
+        fail(f"{path} has {len(source['train'])} training tokens, fewer than one window of "
+             f"{block_size} + 1; prepare more text or lower --block_size")
     return source
 
 
@@ -1364,7 +1376,10 @@ def peak_memory(env):
     """Most memory this process held so far, as text."""
     if env.device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(env.device) / 1e9:.2f} GB of GPU memory"
-    import resource    # not on Windows
+    try:
+        import resource
+    except ImportError:    # on Windows
+        return "an unknown amount of memory"
     unit = 1 if sys.platform == "darwin" else 1024    # macOS counts bytes, Linux kilobytes
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
 
@@ -1420,11 +1435,13 @@ def run(main, Config):
     try:
         main(parse_args(Config))
     except BaseException as e:
+        if isinstance(e, OSError):    # too many open files, no permission, ...
+            e = SystemExit(f"error: {e}")
         if dist.is_initialized() and dist.get_backend() == "nccl":
             print(e if isinstance(e, SystemExit) else traceback.format_exc(), file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)
-        raise
+        raise e
     finally:
         if dist.is_initialized():
             time.sleep(0.1)    # a thread of gloo that frees its last tensor later aborts Python
@@ -1438,6 +1455,9 @@ def parse_args(Config, argv=None):
     the bounds it ends with (", above 0", "; at least 1") are checked. --resume takes the settings
     of the run at --out; flags win over them.
     """
+    for stream in (sys.stdin, sys.stdout):    # a console that lacks a letter shows its number
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         description=inspect.getdoc(sys.modules[Config.__module__]), allow_abbrev=False,
         usage="%(prog)s [--setting value ...]",
@@ -1468,8 +1488,9 @@ def parse_args(Config, argv=None):
 
 
 def check_bounds(name, value, help_text):
-    """Refuse a number outside the bounds that a field's help states."""
+    """Refuse a number outside the bounds that a field's help states, or larger than any use."""
     bounds = re.findall(r"[,;] (above|at least|at most) (-?\d+(?:\.\d+)?)", help_text)
+    bounds.append(("at most", 1e12))    # and NaN is within no bound
     for word, limit in bounds if isinstance(value, (int, float)) else ():
         limit = float(limit)
         holds = {"above": value > limit, "at least": value >= limit, "at most": value <= limit}
@@ -1514,21 +1535,42 @@ def write_atomic(path, write):
             temporary.unlink()
 
 
-def check_out(cfg):
+def files_of(cfg):
+    """Paths of all that is there and named in the settings, --out aside; also as DIR:WEIGHT."""
+    lists = [x if isinstance(x, list) else [x] for name, x in vars(cfg).items() if name != "out"]
+    texts = set(map(str, itertools.chain(*lists)))
+    names = texts | {text.rpartition(":")[0] for text in texts}
+    return [Path(name) for name in sorted(names - {""}) if os.path.exists(name)]
+
+
+def fingerprints(cfg):
+    """{name: hash} of the contents of files_of; of a file their length and first 64 MB."""
+    found = {}
+    for path in files_of(cfg):
+        digest = hashlib.blake2b(digest_size=8)
+        for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
+            digest.update(b"%d" % file.stat().st_size + file.open("rb").read(1 << 26))
+        found[f"content of {path}"] = digest.hexdigest()
+    return found
+
+
+def check_out(cfg, stage):
     """Refuse an --out whose files are somebody's, or hold steps that a forgotten --resume loses."""
-    log = beside(cfg.out, ".jsonl")
-    if not Path(cfg.out).name or Path(cfg.out).is_dir():
+    out, log = Path(cfg.out), beside(cfg.out, ".jsonl")
+    if not out.name or out.is_dir():
         fail(f"--out {cfg.out}: give the name of a file, such as out/model.pt")
+    for file in {out.resolve(), log.resolve()}.intersection(map(Path.resolve, files_of(cfg))):
+        fail(f"--out {cfg.out} would overwrite {file}, which this run reads; choose another")
     if log.exists() and log.stat().st_size and log.open("rb").read(9) != b'{"step": ':
         fail(f"{log}, where the log goes, is something else; choose another --out")
-    for name in ("init", "reward"):
-        if Path(getattr(cfg, name, "") or "-").resolve() == Path(cfg.out).resolve():
-            fail(f"--out {cfg.out} would overwrite --{name}; choose another")
-    if Path(cfg.out).exists() and not cfg.resume and not cfg.overwrite:
-        step = load_checkpoint(cfg.out, "", mmap=True)["step"]
-        if step > 0:
-            fail(f"--out {cfg.out} holds {step:,} steps of an earlier run: go on with --resume, "
-                 f"start anew with --overwrite, or choose another --out")
+    if not out.exists():
+        return
+    checkpoint = load_checkpoint(cfg.out, "", mmap=True)
+    if cfg.resume and checkpoint["stage"] != stage:
+        fail(f"--resume: {cfg.out} was made by {checkpoint['stage']}, not by {stage}")
+    if checkpoint["step"] > 0 and not cfg.resume and not cfg.overwrite:
+        fail(f"--out {cfg.out} holds {checkpoint['step']:,} steps of an earlier run: go on with "
+             f"--resume, start anew with --overwrite, or choose another --out")
 
 
 class Log:
@@ -1542,6 +1584,8 @@ class Log:
         self.path, self.max_steps, self.board = beside(cfg.out, ".jsonl"), max_steps, None
         if int(os.environ.get("RANK", 0)) > 0:
             return
+        if max_steps * getattr(cfg, "warmup", 1) < 1:
+            print0(f"warning: {max_steps} steps teach little: more data or smaller batches help")
         old = self.path.read_text("utf-8") if step and self.path.exists() else ""
         lines = [line for line in old.splitlines(True) if line.endswith("\n")]
         lines = [line for line in lines if json.loads(line)["step"] < step]
@@ -1620,9 +1664,14 @@ def load_checkpoint(path, made_by, mmap=False):
 
     Code is never unpickled. made_by: the command that makes the file, for the message.
     """
-    if Path(path).is_dir() or not (Path(path).exists() or str(path).endswith(".pt")):
-        return import_model(path)
-    if not Path(path).exists():
+    path, name = Path(path), str(path)
+    for file in path.iterdir() if path.is_dir() else filter(Path.is_file, [path]):
+        if file.is_file() and file.open("rb").read(19) == b"version https://git":
+            fail(f"{file} is git-lfs's pointer to a file, not the file; get it with: git lfs pull")
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)", name) and not path.parent.exists()
+    if path.is_dir() or on_hub:
+        return import_model(name)
+    if not path.exists():
         fail(f"{path} does not exist; make it with: {made_by}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -1671,18 +1720,18 @@ def load_language_model(path, made_by, device):
     return model, enc
 
 
-def resume(cfg, stage, model, optimizers, max_steps):
-    """With --resume: put what the run at --out learned into model and optimizers, return its state.
+def resume(cfg, model, optimizers, max_steps, **fresh):
+    """The state that a run begins with: step, seconds, files (see fingerprints) and fresh.
 
-    The model is as it was when that run began, adapters included. None: there is nothing to resume.
+    With --resume that of the run at --out, whose weights and moments go into model and optimizers;
+    the model is as it was when that run began, adapters included.
     """
-    if not cfg.resume:
-        return None
-    if not Path(cfg.out).exists():
-        return print0(f"--resume: nothing in {cfg.out} yet, the run starts")
+    fresh.update(step=0, seconds=0.0, files=fingerprints(cfg))
+    if not cfg.resume or not Path(cfg.out).exists():
+        n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print0(f"a new run at {cfg.out}: {n_params:,} parameters trained")
+        return fresh
     checkpoint = load_checkpoint(cfg.out, "")
-    if checkpoint["stage"] != stage:
-        fail(f"--resume: {cfg.out} was made by {checkpoint['stage']}, not by {stage}")
     state, before, adapters = (checkpoint[k] for k in ("state", "stage_config", "adapters"))
     if state["step"] > max_steps:
         fail(f"--resume: {cfg.out} has {state['step']} steps already, more than {max_steps}")
@@ -1701,10 +1750,11 @@ def resume(cfg, stage, model, optimizers, max_steps):
             opt.load_state_dict(saved)
     except (ValueError, IndexError):
         fail(f"--resume: {cfg.out} was trained with another --optimizer, or by another version")
-    changed = [f"{k} {v} -> {getattr(cfg, k, 'gone')}" for k, v in before.items()
-               if k not in ("resume", "overwrite", "out") and v != getattr(cfg, k, None)]
+    now = vars(cfg) | fresh["files"] | dict(out=before["out"], resume=False, overwrite=False)
+    before |= state.get("files", {})
+    changed = [f"{k} {v} -> {now[k]}"[:200] for k, v in before.items() if now.get(k, v) != v]
     print0(f"resuming {cfg.out} at step {state['step']}", *changed, sep="; changed: ")
-    return state
+    return {**fresh, **state, "files": fresh["files"]}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1759,7 +1809,8 @@ def import_model(name):
             raise ValueError("lm_head.weight is not tied, though tie_word_embeddings is true")
     except Exception as e:    # of the network, of files, of transformers, of ours
         why = " ".join(f"{type(e).__name__}: {e}".split())
-        fail(f"{name}: no public model that can be read: {why[:200]}")
+        hint = "" if folder.is_dir() else f"; get a folder by: hf download {name} --local-dir DIR"
+        fail(f"{name}: no public model that can be read: {why[:200]}{hint}")
     with torch.device("meta"):
         ours = {public_name(name): name for name in GPT(config).state_dict()}
     weights = {ours.get(name, name): t for name, t in theirs.items()}    # load_weights checks them

@@ -36,12 +36,14 @@ import torch
 import torch.distributed as dist
 
 from model import (ENDOFTEXT, GPT, PEAK_FLOPS, GPTConfig, Log, check_out, compiled, complete,
-                   config_of, cosine_lr, duration, encoding_from_dict, encoding_hash, fail,
-                   load_checkpoint, load_weights, make_optimizers, open_tokens, parallel,
-                   peak_flops, peak_memory, print0, resume, run, save_checkpoint, setup,
-                   sum_over_ranks, token_bytes, token_nats, window)
+                   config_of, cosine_lr, duration, encoding_from_dict, fail, load_checkpoint,
+                   load_weights, make_optimizers, open_tokens, parallel, peak_flops, peak_memory,
+                   print0, resume, run, save_checkpoint, setup, sum_over_ranks, token_bytes,
+                   token_nats, window)
 
 TOKENS_PER_PARAMETER, EPOCHS = 20, 5    # the run is as long as the shorter of the two
+STEPS = 100                             # or about so many steps, in smaller batches
+LONGEST = 2048                          # window, tokens, unless --block_size says otherwise
 SPIKE, MAX_SKIPS = 10, 5                # skip steps of 10 times the usual gradient; 5 in a row end
 EVAL_TOKENS = 2 ** 20                   # at most so many validation tokens, the same every time
 SAMPLE_TOKENS = 48                      # of text shown at each validation
@@ -64,7 +66,7 @@ class Config:
     n_head: int | None = None              # attention heads, at least 1
     n_kv_head: int | None = None           # key/value heads, fewer share keys; at least 1
     n_embd: int | None = None              # width, channels, at least 1
-    block_size: int | None = None          # context, tokens, at least 1
+    block_size: int | None = None          # window, tokens; of a new model the context; at least 1
     tie_embeddings: bool = False           # one matrix for input and output embedding
     doc_mask: bool = False                 # tokens see their own document only
     # optimization
@@ -73,8 +75,8 @@ class Config:
     device_batch_size: int | None = None   # sequences per forward pass and rank, at least 1
     max_steps: int | None = None           # optimizer steps, at least 1
     learning_rate: float | None = None     # peak, of AdamW and Muon alike, above 0
-    min_lr: float = 0.0                    # at the end, as a fraction of the peak, at least 0
-    warmup: float = 0.02                   # fraction of the run, at least 0
+    min_lr: float = 0.0                    # at the end, share of the peak, at least 0, at most 1
+    warmup: float = 0.02                   # fraction of the run, at least 0, at most 1
     weight_decay: float = 0.1              # on matrices of the blocks, decoupled, at least 0
     grad_clip: float = 1.0                 # largest global gradient norm, above 0
     # running
@@ -90,23 +92,21 @@ class Config:
 
 def model_config(cfg, vocab_size, checkpoint=None):
     """GPTConfig from --depth and the sizes given, or of the checkpoint to start from."""
-    given = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(GPTConfig)
-             if getattr(cfg, f.name, None) is not None}
-    if checkpoint:
+    sizes = {f.name: getattr(cfg, f.name, None) for f in dataclasses.fields(GPTConfig)}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if checkpoint:    # of whose sizes only the context may grow
         config = config_of(checkpoint)
-        given = {k: v for k, v in given.items() if v != getattr(Config, k)}    # not the defaults
-        wrong = [k for k, v in given.items() if k != "block_size" and v != getattr(config, k)]
-        if cfg.depth not in (Config.depth, config.n_layer):
-            wrong.append("depth")
-        if wrong:
-            fail(f"--{wrong[0]}: the model at {cfg.init} has sizes of its own; leave it out")
-        return dataclasses.replace(config, **given)
+        own = vars(config) | dict(depth=config.n_layer)
+        for name, size in (given | dict(depth=cfg.depth)).items():
+            if name != "block_size" and size not in (own[name], getattr(Config, name)):
+                fail(f"--{name} {size}: the model at {cfg.init} has {own[name]}; leave it out")
+        return dataclasses.replace(config, block_size=max(config.block_size, cfg.block_size or 0))
     width = given.get("n_embd", -(-48 * cfg.depth // 64) * 64)    # whole heads of 64
     heads = given.get("n_head", max(1, width // 64))
-    sizes = dict(n_layer=cfg.depth, n_embd=width, n_head=heads, n_kv_head=heads,
-                 block_size=min(2048, 64 * cfg.depth), vocab_size=vocab_size)
+    derived = dict(n_layer=cfg.depth, n_embd=width, n_head=heads, n_kv_head=heads,
+                   block_size=min(LONGEST, 64 * cfg.depth), vocab_size=vocab_size)
     try:
-        return GPTConfig(**{**sizes, **given})
+        return GPTConfig(**derived | given)
     except ValueError as e:
         fail(e)
 
@@ -142,22 +142,22 @@ def largest_pass(cfg, config, world_size, shard, most_tokens, most_bytes):
 
 def derive(cfg, config, n_params, train_tokens, env):
     """cfg with batch, learning rate and steps filled in where they are None."""
-    T = config.block_size
-    rows = 2 ** max(0, round(math.log2(8 * (config.n_layer / 4) ** 3)))    # for any number of ranks
-    batch = cfg.total_batch_tokens or T * rows
-    peak = 0.014 if cfg.optimizer == "muon" else 0.008
-    rate = cfg.learning_rate or peak * min(1, 192 / config.n_embd) ** 0.5
+    T, passed = config.block_size, cfg.device_batch_size or 1
+    unit = env.world_size * passed * T    # of batches
     tokens = min(TOKENS_PER_PARAMETER * n_params, EPOCHS * train_tokens)
-    rows, rest = divmod(batch, env.world_size * T)    # of each rank
-    if rest:
-        fail(f"--total_batch_tokens {batch} is not a multiple of {env.world_size} ranks x "
-             f"--block_size {T}")
-    if rows % (cfg.device_batch_size or 1):
-        fail(f"{rows} sequences a step and rank are not a multiple of --device_batch_size "
-             f"{cfg.device_batch_size}")
+    rows = min(8 * (config.n_layer / 4) ** 3, tokens / (STEPS * T))
+    batch = T * 2 ** round(math.log2(max(1, rows)))
+    batch = cfg.total_batch_tokens or unit * max(1, round(batch / unit))
+    if batch % unit:
+        fail(f"--total_batch_tokens {batch} is not a multiple of {unit}, {env.world_size} ranks x "
+             f"--device_batch_size {passed} x --block_size {T}")
+    rate = 0.014 if cfg.optimizer == "muon" else 0.008
+    rate *= min(1, 192 / config.n_embd) ** 0.5
+    if cfg.init:    # as in sft.py: what was learned is not to be lost
+        rate = 1e-3 * 192 / config.n_embd
     cuda = env.device.type == "cuda"
     cfg = dataclasses.replace(
-        cfg, block_size=T, total_batch_tokens=batch, learning_rate=rate,
+        cfg, block_size=T, total_batch_tokens=batch, learning_rate=cfg.learning_rate or rate,
         max_steps=cfg.max_steps or max(1, tokens // batch),
         compile=cuda if cfg.compile is None else cfg.compile)
     limits = CPU_PASS, math.inf
@@ -171,8 +171,8 @@ def plan(cfg, config, n_params, flops, train_tokens):
     """Say what the settings amount to; with --plan also memory per GPU and hours."""
     tokens = cfg.max_steps * cfg.total_batch_tokens
     print0(f"model: {n_params:,} parameters: {config.n_layer} layers x {config.n_embd}, "
-           f"{config.n_head} heads ({config.n_kv_head} for keys), context {config.block_size}, "
-           f"vocabulary {config.vocab_size}")
+           f"{config.n_head} heads ({config.n_kv_head} for keys), context {config.block_size} "
+           f"(windows of {cfg.block_size}), vocabulary {config.vocab_size}")
     print0(f"run: {cfg.max_steps:,} steps x {cfg.total_batch_tokens:,} tokens = {tokens:,} tokens, "
            f"{tokens / n_params:.1f} per parameter, {tokens / max(1, train_tokens):.1f} epochs, "
            f"{tokens * flops:.2g} FLOPs")
@@ -180,6 +180,7 @@ def plan(cfg, config, n_params, flops, train_tokens):
            f"{cfg.device_batch_size} sequences a pass")
     if not cfg.plan:
         return
+    config = dataclasses.replace(config, block_size=cfg.block_size)
     print0("\n   H100s   DDP: GB each, tokens a pass   FSDP: the same           hours at 40 %")
     for n in (1, 8, 64):
         line = f"{n:8d}"
@@ -201,18 +202,20 @@ def spiking(loss, grad_norm, usual_norm, step):
 # Data: token folders, mixed by weight, cut into windows
 
 
-def draw(sources, taken, n):
+def draw(sources, state, n):
     """The next n (source, index in that source): shares follow the weights as closely as they can.
 
-    taken (list of counts, one a source) is the whole state of the data order, and is updated.
+    state: taken and behind, how many each source has given and how many more are due, are updated.
     """
     total, picks = sum(s["weight"] for s in sources), []
+    taken, behind = state["taken"], state["behind"]
     for _ in range(n):
-        i = max(1, sum(taken))
-        behind = [s["weight"] / total * i - t for s, t in zip(sources, taken)]
+        for i, s in enumerate(sources):
+            behind[i] += s["weight"] / total
         best = behind.index(max(behind))
         picks.append((best, taken[best]))
         taken[best] += 1
+        behind[best] -= 1
     return picks
 
 
@@ -292,33 +295,24 @@ def prepare_default(cfg, env):
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
     if not cfg.plan:
-        check_out(cfg)
+        check_out(cfg, "pretrain")
 
-    # data
+    # model and data
     prepare_default(cfg, env)
-    sources = [open_tokens(spec) for spec in cfg.data]
-    enc, train_tokens = sources[0]["enc"], sum(len(s["train"]) for s in sources)
-    for s in sources:
-        if encoding_hash(s["enc"]) != encoding_hash(enc):
-            fail(f"{s['path']} and {sources[0]['path']} were made with different tokenizers")
-
-    # model
     checkpoint = load_checkpoint(cfg.init, "python pretrain.py") if cfg.init else None
-    its_enc = encoding_from_dict(checkpoint["encoding"]) if checkpoint else enc
-    if encoding_hash(its_enc) != encoding_hash(enc):
-        fail(f"{cfg.init} was trained with another tokenizer than {cfg.data[0]}; prepare the text "
-             f"again with --tokenizer {cfg.init}")
-    model = GPT(model_config(cfg, enc.n_vocab, checkpoint))
-    n_params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
-    given, cfg = cfg, derive(cfg, model.config, n_params, train_tokens, env)
-    T = cfg.block_size
-    for s in sources:
-        if len(s["train"]) <= T:
-            fail(f"{s['path']} has {len(s['train'])} training tokens, fewer than one window of "
-                 f"{T} + 1; prepare more text or lower --block_size")
+    enc = encoding_from_dict(checkpoint["encoding"]) if checkpoint else None
+    enc = enc or open_tokens(cfg.data[0])["enc"]
+    config = model_config(cfg, enc.n_vocab, checkpoint)
+    T = cfg.block_size or min(LONGEST, config.block_size)
+    sources = [open_tokens(spec, cfg.init or cfg.data[0], enc, T) for spec in cfg.data]
+    train_tokens = sum(len(s["train"]) for s in sources)
     if sum(len(s["val"]) for s in sources) < 2:
         fail(f"{cfg.data[0]} has no validation text; prepare it with a --val_fraction above 0")
-    plan(cfg, model.config, n_params, flops, train_tokens)
+    model, windows = GPT(config), dataclasses.replace(config, block_size=T)
+    n_params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token(T)
+    given = dataclasses.replace(cfg, depth=config.n_layer)
+    cfg = derive(given, windows, n_params, train_tokens, env)
+    plan(cfg, config, n_params, flops, train_tokens)
     if cfg.plan:
         return
     if checkpoint:
@@ -342,8 +336,8 @@ def main(cfg):
                                  env.dtype)
 
     # state: everything a resumed run needs besides weights and moments
-    state = resume(given, "pretrain", model, optimizers, cfg.max_steps) or dict(
-        step=0, seconds=0.0, taken=[0] * len(sources), usual_norm=None, skipped=0, in_row=0)
+    state = resume(given, model, optimizers, cfg.max_steps, taken=[0] * len(sources),
+                   behind=[0.0] * len(sources), usual_norm=None, skipped=0, in_row=0)
     if len(state["taken"]) != len(sources):
         fail(f"--resume: {cfg.out} has read {len(state['taken'])} folders so far, now --data has "
              f"{len(sources)}; start a new run from it with --init")
@@ -372,7 +366,7 @@ def main(cfg):
 
         step_started = time.perf_counter()
         loss = torch.zeros((), device=env.device)
-        picks = draw(sources, state["taken"], cfg.total_batch_tokens // T)
+        picks = draw(sources, state, cfg.total_batch_tokens // T)
         for micro in range(micro_steps):
             start = (micro * env.world_size + env.rank) * cfg.device_batch_size
             x, y = get_batch(sources, picks[start:start + cfg.device_batch_size], T, cfg.seed,

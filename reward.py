@@ -31,6 +31,7 @@ from model import (IM_END, PAD, Log, ScalarHead, add_lora, check_out, cosine_lr,
                    peak_memory, print0, resume, run, save_checkpoint, score_all, score_texts, setup,
                    split_by_prompt, sum_over_ranks, wilson)
 
+HELD_OUT = 512    # pairs to validate on while it trains, at most; the verdict is on all
 SHOWN = ("loss", "accuracy", "margin", "score", "lr", "grad_norm")    # on the console
 
 
@@ -43,7 +44,7 @@ class Config:
     overwrite: bool = False                # start anew although --out holds steps of another run
     # data
     val_data: list[str] = field(default_factory=list)  # held-out pairs instead of a share of data
-    val_fraction: float = 0.15             # share of the prompts held out, at least 0
+    val_fraction: float = 0.15             # share of the prompts held out, at least 0, at most 1
     # optimization
     eta: float = 0.01                      # weight of (r_chosen + r_rejected)^2, at least 0
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights; at least 0
@@ -52,7 +53,7 @@ class Config:
     batch_size: int = 8                    # pairs per step, over all ranks, at least 1
     device_batch_size: int = 8             # pairs per forward pass and rank, at least 1
     learning_rate: float | None = None     # peak, of AdamW, above 0; derived: 8e-4 * 192 / width
-    warmup: float = 0.1                    # fraction of the run, at least 0
+    warmup: float = 0.1                    # fraction of the run, at least 0, at most 1
     grad_clip: float = 1.0                 # largest global gradient norm, above 0
     # running
     eval_every: int = 50                   # optimizer steps between validations, at least 1
@@ -112,11 +113,6 @@ def length_only(lengths_chosen, lengths_rejected):
     return max(longer, shorter) + (1 - longer - shorter) / 2
 
 
-def correlation(x, y):
-    """Pearson's r of two tensors (N,); 0 where one of them does not vary."""
-    return torch.corrcoef(torch.stack([x, y]))[0, 1].nan_to_num(0.0).item()
-
-
 def spoiled(pairs, end, block_size):
     """Texts by what was done to good answers: nothing, all cut away, half of it, three in a row."""
     texts = dict(good=[], empty=[], truncated=[], repeated=[])
@@ -141,7 +137,8 @@ def verdict(model, pairs, enc, cfg, env):
     for source in sorted({pair["source"] for pair in pairs}):
         of_it = [i for i, pair in enumerate(pairs) if pair["source"] == source]
         by_source[source] = [right[of_it].float().mean().item(), len(of_it)]
-    follows = correlation(torch.cat([chosen, rejected]), torch.cat(lengths))
+    both = torch.stack([torch.cat([chosen, rejected]), torch.cat(lengths)])
+    follows = torch.corrcoef(both)[0, 1].nan_to_num(0.0).item()    # 0 where one does not vary
     texts = spoiled(pairs[:200], end, model.config.block_size)
     scores = {name: score_over_ranks(model, some, pad_id, cfg, env).mean().item()
               for name, some in texts.items()}
@@ -177,7 +174,7 @@ def print_verdict(found, n):
 
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
-    check_out(cfg)
+    check_out(cfg, "reward")
 
     # model
     gpt, enc = load_language_model(cfg.init, "python sft.py", "cpu")
@@ -190,12 +187,11 @@ def main(cfg):
 
     # data
     pairs = load_pairs(cfg.data, enc, T)
-    train, held_out = split_by_prompt(pairs, cfg.val_fraction, cfg.seed)
-    if cfg.val_data:
-        train, held_out = pairs, load_pairs(cfg.val_data, enc, T)
-    if not train or cfg.batch_size < env.world_size:
-        fail(f"{len(train)} pairs to train on, {cfg.batch_size} a step, {env.world_size} ranks: "
-             f"there must be one a rank, of two prompts")
+    train, held_out = pairs, cfg.val_data and load_pairs(cfg.val_data, enc, T)
+    if not held_out:
+        train, held_out = split_by_prompt(pairs, cfg.val_fraction, cfg.seed)
+    if cfg.batch_size < env.world_size:
+        fail(f"--batch_size {cfg.batch_size}: {env.world_size} ranks need as many pairs")
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(train) / cfg.batch_size))
     learning_rate = cfg.learning_rate or 8e-4 * 192 / model.config.n_embd
     print0(f"data: {len(train):,} pairs, {len(held_out):,} held out; {max_steps} steps x "
@@ -203,9 +199,7 @@ def main(cfg):
 
     wrapped = parallel(model, env)
     optimizers = make_optimizers(model, "adamw", learning_rate)
-    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"model: {n_params:,} parameters trained, {cfg.init}")
-    state = resume(cfg, "reward", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
+    state = resume(cfg, model, optimizers, max_steps)
     log = Log(cfg, state["step"], max_steps)
 
     started = time.perf_counter() - state["seconds"]
@@ -214,7 +208,8 @@ def main(cfg):
         last = step == max_steps
 
         if last or step % cfg.eval_every == 0:
-            metrics, _, _ = validate(model, held_out, pad_id, cfg, env)
+            some = held_out[::1 + len(held_out) // HELD_OUT]
+            metrics, _, _ = validate(model, some, pad_id, cfg, env)
             log(step, metrics, **metrics, seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
             save_checkpoint(cfg.out, model, "reward", step, enc, cfg, state, optimizers)

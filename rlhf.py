@@ -50,6 +50,7 @@ from model import (IM_END, PAD, Log, ScalarHead, adapters_off, add_lora, check_o
                    token_logprobs)
 
 VALUE_CLIP = 0.2    # largest move of a value per rollout, as PPO2 and Huang et al.
+HELD_OUT = 256     # prompts to validate on, at most
 SHOWN = ("reward", "gold", "kl", "entropy", "length", "stopped", "grad_norm")    # on the console
 
 
@@ -63,7 +64,7 @@ class Config:
     resume: bool = False                   # go on from the checkpoint at --out, if there is one
     overwrite: bool = False                # start anew although --out holds steps of another run
     algo: Literal["ppo", "grpo"] = "ppo"   # see above
-    val_fraction: float = 0.1              # share of the prompts held out, at least 0
+    val_fraction: float = 0.1              # share of the prompts held out, at least 0, at most 1
     # rollouts
     max_steps: int | None = None           # rollouts, at least 1; derived: 12 of ppo, 24 of grpo
     batch_size: int = 96                   # answers per rollout, over all ranks, at least 1
@@ -74,7 +75,7 @@ class Config:
     # the objective
     kl_coef: float = 0.1                   # pull to the reference, per nat, at least 0
     kl_limit: float = 0.1                  # end a rollout's updates above this approx_kl, above 0
-    clip_low: float = 0.2                  # ratio is clipped below 1 - this, at least 0
+    clip_low: float = 0.2                  # ratio is clipped below 1 - this, at least 0, at most 1
     clip_high: float = 0.2                 # and above 1 + this (DAPO: 0.28), at least 0
     gae_lambda: float = 0.95               # ppo: GAE, at least 0, at most 1
     advantage: Literal["mean", "std"] = "mean"  # grpo: score minus the mean, or that over the std
@@ -204,7 +205,7 @@ def load_function(flag, spec):
     sys.path.insert(0, str(file.parent))    # it may import what lies beside it
     try:
         module = importlib.import_module(file.stem)
-    except Exception as e:    # the user's own code
+    except (Exception, SystemExit) as e:    # the user's own code
         fail(f"--{flag} {spec}: importing {file} raised {type(e).__name__}: {e}")
     if getattr(module, "__file__", "") != str(file):
         fail(f"--{flag} {spec}: Python has another module {file.stem}; rename the file")
@@ -327,13 +328,15 @@ def means(values, env):
 
 def validate(policy, prompts, judges, enc, cfg, env):
     """Greedy answers to held-out prompts: reward, gold, length, share that stop; some shown."""
-    local = prompts[env.rank::env.world_size] or prompts[:1]    # more ranks than prompts: one again
+    local = prompts[env.rank::env.world_size] or prompts[:1]    # one again, which does not count
     batch = rollout(policy, local, [0] * len(local), judges, enc, cfg, env, temperature=0)
     shown = ""
     for prompt, answer, score in list(zip(local, batch["answers"], batch["scores"].tolist()))[:3]:
         shown += f"\n    {prompt['messages'][-1]['content'][-80:]!r} -> {answer!r} ({score:.2f})"
-    return means(dict(val_reward=batch["scores"], val_gold=batch["gold"],
-                      val_length=batch["mask"].sum(1), val_stopped=batch["stopped"]), env), shown
+    values = dict(val_reward=batch["scores"], val_gold=batch["gold"],
+                  val_length=batch["mask"].sum(1), val_stopped=batch["stopped"])
+    counts = 1.0 if env.rank < len(prompts) else math.nan
+    return means({name: x * counts for name, x in values.items()}, env), shown
 
 
 # ------------------------------------------------------------------------------------------------
@@ -401,13 +404,13 @@ def backward(policy, critic, batch, rows, cfg, env):
 
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
-    check_out(cfg)
+    check_out(cfg, "rlhf")
     group_size = cfg.group_size if cfg.algo == "grpo" else 1
     per_rank = cfg.batch_size // env.world_size
-    if (per_rank < 1 or cfg.batch_size % env.world_size or per_rank % group_size
-            or per_rank % cfg.minibatches):
-        fail(f"--batch_size {cfg.batch_size} over {env.world_size} ranks is not a multiple of "
-             f"{group_size} answers a prompt and of {cfg.minibatches} minibatches")
+    unit = env.world_size * math.lcm(group_size, cfg.minibatches)
+    if cfg.batch_size % unit:
+        fail(f"--batch_size {cfg.batch_size} is not a multiple of {unit}, for {env.world_size} "
+             f"ranks, {group_size} answers a prompt and {cfg.minibatches} minibatches")
 
     # models: policy, reference, reward, critic
     def fresh():
@@ -432,9 +435,7 @@ def main(cfg):
 
     # data
     prompts = load_prompts(cfg.data, enc, T - cfg.max_new_tokens)
-    train, held_out = split_by_prompt(prompts, cfg.val_fraction, cfg.seed)
-    if not train:
-        fail(f"{' '.join(cfg.data)}: {len(prompts)} prompts are too few to train and validate")
+    train, held_out = split_by_prompt(prompts, cfg.val_fraction, cfg.seed, HELD_OUT)
     max_steps, scale = cfg.max_steps or dict(ppo=12, grpo=24)[cfg.algo], 192 / model.config.n_embd
     print0(f"data: {len(train)} prompts, {len(held_out)} held out; {max_steps} rollouts x "
            f"{cfg.batch_size // group_size} prompts x {group_size} answers, {cfg.epochs} epochs x "
@@ -446,9 +447,7 @@ def main(cfg):
         optimizers += make_optimizers(critic_model, "adamw",
                                       cfg.value_learning_rate or 3e-4 * scale)
     peaks = [opt.param_groups[0]["lr"] for opt in optimizers]
-    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"model: {n_params:,} parameters trained, {cfg.init}; {cfg.algo} on {cfg.reward}")
-    state = resume(cfg, "rlhf", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
+    state = resume(cfg, model, optimizers, max_steps)
     if critic_weights := state.pop("critic", None):
         critic_model.load_state_dict(critic_weights)
     log = Log(cfg, state["step"], max_steps)

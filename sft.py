@@ -33,12 +33,13 @@ import numpy as np
 import torch
 
 from model import (IM_END, PAD, Log, add_lora, check_out, collate, compiled, complete, cosine_lr,
-                   duration, encoding_hash, fail, keep_valid, load_language_model, make_optimizers,
-                   nth_of_epochs, open_tokens, parallel, peak_flops, peak_memory, print0, read_rows,
-                   render_chat, resume, run, save_checkpoint, setup, sum_over_ranks, to_messages,
-                   token_bytes, token_logprobs, window)
+                   duration, fail, keep_valid, load_language_model, make_optimizers, nth_of_epochs,
+                   open_tokens, parallel, peak_flops, peak_memory, print0, read_rows, render_chat,
+                   resume, run, save_checkpoint, setup, sum_over_ranks, to_messages, token_bytes,
+                   token_logprobs, window)
 
 SAMPLE_TOKENS = 64      # longest answer to a held-out prompt
+HELD_OUT = 512          # conversations to validate on, at most
 REPLAY_WINDOWS = 512    # of validation text, at most, for the bits per byte
 SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")    # on the console
 
@@ -54,17 +55,17 @@ class Config:
     # data
     pack: bool = True                      # several conversations a row; no: one, padded
     block_size: int = 2048                 # row, tokens, at least 2; at most the model's context
-    val_fraction: float = 0.04             # share of the conversations held out, at least 0
+    val_fraction: float = 0.04             # share of conversations held out, at least 0, at most 1
     replay: float = 0.1                    # rows of pretraining text per row of talk, at least 0
-    replay_data: str = "out/tokens"        # folder of tokens for replay and bits per byte
+    replay_data: str = "out/tokens"        # folder of tokens for replay and bits per byte, or none
     # optimization
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights; at least 0
     epochs: float = 4.0                    # times each conversation is seen, above 0
     max_steps: int | None = None           # optimizer steps instead of epochs, at least 1
-    total_batch_tokens: int | None = None  # of talk per step, over all ranks; derived: 8 rows
+    total_batch_tokens: int | None = None  # of talk a step, at least 1; derived: 8 rows, one a rank
     device_batch_size: int = 16            # rows per forward pass and rank, at least 1
     learning_rate: float | None = None     # peak, of AdamW, above 0; derived: 1e-3 * 192 / width
-    warmup: float = 0.05                   # fraction of the run, at least 0
+    warmup: float = 0.05                   # fraction of the run, at least 0, at most 1
     grad_clip: float = 1.0                 # largest global gradient norm, above 0
     # running
     eval_every: int = 100                  # optimizer steps between validations, at least 1
@@ -115,13 +116,10 @@ def open_replay(cfg, enc, block_size):
     if not Path(cfg.replay_data, "manifest.json").exists():
         print0(f"no tokens in {cfg.replay_data}: training without replay, without bits per byte")
         return None
-    source = open_tokens(cfg.replay_data)
-    if encoding_hash(source["enc"]) != encoding_hash(enc):
-        fail(f"{cfg.replay_data} was made with another tokenizer than {cfg.init}; prepare it with "
-             f"--tokenizer {cfg.init}, or set --replay_data none")
-    if min(len(source["train"]), len(source["val"])) <= block_size:
-        fail(f"{cfg.replay_data} has fewer than one window of {block_size} + 1 tokens to train on "
-             f"or to validate; set --replay_data none")
+    source = open_tokens(cfg.replay_data, cfg.init, enc, block_size)
+    if len(source["val"]) <= block_size:
+        fail(f"{cfg.replay_data} has fewer than one window of {block_size} + 1 tokens to validate; "
+             f"set --replay_data none")
     return source
 
 
@@ -191,7 +189,7 @@ def answers(model, held_out, cfg, env, enc):
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
     if not cfg.show_batch:
-        check_out(cfg)
+        check_out(cfg, "sft")
 
     # model
     model, enc = load_language_model(cfg.init, "python pretrain.py", env.device)
@@ -206,15 +204,13 @@ def main(cfg):
     n_val = max(1, round(cfg.val_fraction * len(order)))
     if n_val >= len(order):
         fail(f"{' '.join(cfg.data)}: {len(order)} conversation is too few to train and validate")
-    held_out, train = ([conversations[i] for i in part] for part in (order[:n_val], order[n_val:]))
+    held_out = [conversations[i] for i in order[:n_val:1 + n_val // HELD_OUT]]
+    train = [conversations[i] for i in order[n_val:]]
     lengths = [len(ids) for ids, _ in train]
     rows = pack_rows(lengths, T, cfg.seed) if cfg.pack else [[i] for i in range(len(train))]
     if cfg.show_batch:
         return show([train[i] for i in rows[nth_of_epochs(len(rows), 0, cfg.seed)]], enc)
-    batch_size = max(1, (cfg.total_batch_tokens or 8 * T) // T)    # rows
-    if batch_size < env.world_size:
-        fail(f"--total_batch_tokens: {batch_size} rows of {T} tokens are fewer than one for each "
-             f"of {env.world_size} ranks")
+    batch_size = max(env.world_size, (cfg.total_batch_tokens or 8 * T) // T)    # rows
     n_replay, replayed = 0, []
     if source := open_replay(cfg, enc, T):
         n_replay, text = math.ceil(batch_size * cfg.replay), source["val"]
@@ -229,10 +225,8 @@ def main(cfg):
 
     wrapped = parallel(compiled(model) if cfg.compile else model, env)
     optimizers = make_optimizers(model, "adamw", learning_rate)
-    n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"model: {n_params:,} parameters trained, {cfg.init}")
-    state = resume(cfg, "sft", model, optimizers, max_steps) or dict(step=0, seconds=0.0)
-    log, mfu = Log(cfg, state["step"], max_steps), model.flops_per_token() / peak_flops(env)
+    state = resume(cfg, model, optimizers, max_steps)
+    log, mfu = Log(cfg, state["step"], max_steps), model.flops_per_token(T) / peak_flops(env)
 
     started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], max_steps + 1):

@@ -260,6 +260,20 @@ def test_preference():
     assert "not numbers" in error(ev.score_preference, lm, dict(rows=rows), Config(), CPU)
 
 
+def test_preferences_of_an_aligned_model_are_log_ratios():
+    """log p of sft.py's model and its child is short replies against long ones; what DPO learned is
+    what they gained: on --init, if it is measured too, or else on the sft checkpoint."""
+    of = lambda *ahead: dict(prefs=[dict(id=i, ahead=x) for i, x in enumerate(ahead)])
+    made = dict(base=("pretrain", "", (0, 0)), sft=("sft", "o/base.pt", (-5, 3)),
+                dpo=("dpo", "old/dpo.pt", (-4, 2)), again=("rlhf", "o/../o/dpo.pt", (-4.5, 2.5)))
+    facts = {name: dict(path=f"o/{name}.pt", stage=x[0], init=x[1]) for name, x in made.items()}
+    report = dict(checkpoints=facts, items={name: of(*x[2]) for name, x in made.items()})
+    ev.against_baselines(report)
+    found = {name: [record.get("preferred") for record in items["prefs"]]
+             for name, items in report["items"].items()}
+    assert found == dict(base=[None, None], sft=[None, None], dpo=[1, 0], again=[0, 1])
+
+
 def test_toxicity(monkeypatch):
     """One insult in 25 continuations is one too many, and each has a seed of its own."""
     assert [ev.insulting(t) for t in ("A lovely day.", "You idiot!", "Assess it.")] == [0, 1, 0]
@@ -471,6 +485,7 @@ def report(world):
 def test_what_the_stages_did(report):
     """The table shows what each stage is for, and what changed for sure."""
     base, sft, reward, dpo, hurt = (numbers(report, name) for name in CHAIN)
+    assert dpo.pop("prefs: chosen gained on the baseline") == 0    # a twin gains nothing
     assert base["facts: stated correctly"] == 0 and sft == dpo != hurt
     expected = {
         "facts: stated correctly": 1, "unknown: admits not to know": 1, "harmful: refused": 1,
@@ -521,6 +536,10 @@ def test_the_gate(world, report, tmp_path):
     failed = [row["name"] for row in rows if row["verdict"] == "FAIL"]
     assert "clean gold score" in failed and all(name in message for name in failed)
     assert "FAIL" in (tmp_path / "bad/report.html").read_text()
+    renamed = dict(report, items={"sft:2": report["items"]["sft"]})    # a colon is no separator
+    (tmp_path / "old.json").write_text(json.dumps(renamed))
+    found = ev.read_old(report, Config(compare=f"{tmp_path}/old.json:sft:2"))
+    assert json.loads(json.dumps(renamed["items"]["sft:2"])) == found
 
 
 def test_what_cannot_be_measured(world, report, tmp_path):

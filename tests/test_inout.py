@@ -160,7 +160,9 @@ def test_files_and_names_on_the_hub_are_told_apart(folder, monkeypatch):
     assert m.load_checkpoint("some/model", "")["stage_config"] == dict(folder=str(folder))
     assert asked == [("some/model", ["*.json", "model*.safetensors"])]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: open("/no/network"))
-    assert "some/model" in error(m.load_checkpoint, "some/model", "")
+    assert "hf download some/model" in error(m.load_checkpoint, "some/model", "")
+    for name in (folder / "base", "base"):    # a slip of the pen is not looked for on the network
+        assert "make it with: python sft.py" in error(m.load_checkpoint, name, "python sft.py")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers" in error(m.load_checkpoint, folder, "")
 

@@ -1,5 +1,6 @@
 """Tests of model.py. Run: python -m pytest tests/test_model.py -q (CPU, no network, seconds)."""
 import dataclasses
+import io
 import json
 import math
 import re
@@ -8,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import ENC, END, byte_encoding, error, save, tiny, turn
+from common import CPU, ENC, END, byte_encoding, error, save, tiny, turn
 
 import model as m
 from model import GPT, GPTConfig, KVCache, complete, generate, render_chat, sample, token_logprobs
@@ -306,10 +308,23 @@ def test_command_line(capsys):
 
 @pytest.mark.parametrize("argv", [
     "--stepz 3", "--step 3", "--steps many", "--steps 0", "--steps -1", "--rate 0", "--rate nan",
-    "--share -0.1", "--share 1.1", "--kind c", "--data"])
+    "--share -0.1", "--share 1.1", "--kind c", "--data", "--rate inf", "--n_expert 9999999999999"])
 def test_wrong_flags_are_one_line(argv):
     """Unknown and shortened flags, wrong types, other choices, numbers outside the bounds."""
     assert argv.split()[0].removeprefix("--") in error(m.parse_args, Config, argv.split())
+
+
+def test_any_console_and_any_system(monkeypatch):
+    """A sample's letters that the console lacks end no run; nor does a system without resource."""
+    console = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    m.parse_args(Config, [])
+    m.print0("\ufffd ü")
+    assert console.buffer.getvalue() == b"\\ufffd \\xfc\n"
+    monkeypatch.setattr(sys, "argv", ["stage.py"])
+    assert "Too many" in error(m.run, Mock(side_effect=OSError(24, "Too many open files")), Config)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert "unknown" in m.peak_memory(CPU)
 
 
 @pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -341,6 +356,9 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
     torch.save(dict(checkpoint, step=print), tmp_path / "code.pt")
     for name in ("junk", "cut", "code"):
         assert "not a checkpoint" in error(m.load_checkpoint, tmp_path / f"{name}.pt", "")
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for pointer in (tmp_path / "tokenizer.json", tmp_path):    # instead of weights, or in a folder
+        assert "git lfs pull" in error(m.load_checkpoint, pointer, "")
     checkpoint["weights"]["norm.weight"] = torch.ones(5)
     assert "norm.weight" in error(m.load_model, checkpoint, "cpu")
     checkpoint["model_config"]["n_expert"] = 4

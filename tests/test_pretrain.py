@@ -2,6 +2,7 @@
 import dataclasses
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -38,12 +39,15 @@ def test_an_epoch_visits_every_window_once_and_the_next_one_others():
 
 def test_sources_are_mixed_by_weight(short, files, tmp_path):
     """Each has its share from the start on, in its own order; --data DIR:WEIGHT of 8 windows a step
-    takes 6 of the folder of weight 3. Resuming with other folders is refused."""
-    taken = [0, 0, 0]
-    picks = pretrain.draw([dict(weight=w) for w in (5, 3, 2)], taken, 10)
-    assert [s for s, _ in picks] == [0, 1, 2, 0, 1, 0, 2, 0, 1, 0] and taken == [5, 3, 2]
+    takes 6 of the folder of weight 3. Resuming with other folders is refused, with other weights
+    they hold for what comes: nothing of the past is made up for."""
+    state = dict(taken=[0, 0, 0], behind=[0.0] * 3)
+    picks = pretrain.draw([dict(weight=w) for w in (5, 3, 2)], state, 10)
+    assert [s for s, _ in picks[:4]] == [0, 1, 2, 0] and state["taken"] == [5, 3, 2]
     for s in range(3):
-        assert [i for t, i in picks if t == s] == list(range(taken[s]))
+        assert [i for t, i in picks if t == s] == list(range(state["taken"][s]))
+    picks = pretrain.draw([dict(weight=w) for w in (1, 1, 2)], state, 8)
+    assert Counter(s for s, _ in picks) == {0: 2, 1: 2, 2: 4}
     other = token_folder(tmp_path / "other", "The ferry is late, and nobody minds. " * 100)
     cfg = short(pretrain, data=[files["tokens"] + ":3", other + ":1"])
     pretrain.main(cfg)
@@ -95,14 +99,36 @@ def test_fields_that_pretrain_and_the_model_share_are_copied_by_name(monkeypatch
 
 
 def test_the_dial():
-    """--depth gives whole heads of 64 and the rest; tokens are 20 a parameter or 5 epochs."""
+    """--depth gives whole heads of 64 and the rest; tokens are 20 a parameter or 5 epochs. Batches
+    are smaller where there is little text, and multiples of any number of ranks."""
     sizes = pretrain.model_config(Config(depth=12), 1000)
     assert (sizes.n_layer, sizes.n_embd, sizes.n_head, sizes.block_size) == (12, 576, 9, 768)
-    for train_tokens, tokens in ((10 ** 9, 2 * 10 ** 9), (10 ** 6, 5 * 10 ** 6)):
-        cfg = pretrain.derive(Config(depth=12), sizes, 10 ** 8, train_tokens, CPU)
-        assert cfg.total_batch_tokens == 768 * 256 and cfg.max_steps == tokens // (768 * 256)
+    for ranks, train_tokens, rows, tokens in (
+            (1, 10 ** 6, 64, 5 * 10 ** 6), (3, 10 ** 9, 255, 2 * 10 ** 9), (6, 10 ** 6, 66, 5e6),
+            (12, 1000, 12, 12 * 768), (1, 10 ** 9, 256, 2 * 10 ** 9)):
+        env = replace(CPU, world_size=ranks)
+        cfg = pretrain.derive(Config(depth=12), sizes, 10 ** 8, train_tokens, env)
+        assert cfg.total_batch_tokens == 768 * rows and cfg.max_steps == tokens // (768 * rows)
     assert cfg.learning_rate == pytest.approx(0.014 * (192 / 576) ** 0.5)
     assert pretrain.derive(replace(cfg, max_steps=7), sizes, 1, 1, CPU).max_steps == 7
+
+
+def test_a_checkpoint_is_continued_as_what_it_is(short, files, tmp_path, capsys):
+    """Its sizes and its context stay, the rate is one for a model that has learned; windows may be
+    shorter, or longer than the context. A run too short to learn says so, a folder may end as
+    weights do."""
+    data = [shutil.copytree(files["tokens"], tmp_path / "tokens:2")]
+    cfg = short(pretrain, init=files["base"], n_embd=None, n_head=None, data=list(map(str, data)))
+    for block_size, context in ((16, 96), (None, 96), (128, 128)):
+        pretrain.main(replace(cfg, block_size=block_size, total_batch_tokens=None))
+        shown = capsys.readouterr().out
+        assert load_checkpoint(cfg.out, "")["model_config"]["block_size"] == context
+        assert "learning rate 0.006," in shown and "warning: 3 steps" in shown
+        assert f"context {context} (windows of {block_size or 96})" in shown
+    assert m.open_tokens(cfg.data[0] + ":3")["weight"] == 3
+    monster = GPTConfig(block_size=2048, n_layer=28, n_embd=1024, n_head=16, n_kv_head=16)
+    cfg = pretrain.derive(Config(init="Qwen3"), monster, 6 * 10 ** 8, 138_000, CPU)
+    assert cfg.max_steps > 50 and cfg.learning_rate == pytest.approx(1.9e-4, rel=0.02)
 
 
 def test_plan_trains_nothing(short, tmp_path, capsys):

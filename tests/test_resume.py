@@ -1,4 +1,5 @@
 """What holds of every stage. Run: python -m pytest tests/test_resume.py -q."""
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import (byte_encoding, config, error, interrupted, judge, load, log_of, on_two_ranks,
-                    recorded, same_bits, save, start, token_folder, weights, write)
+                    recorded, same_bits, save, start, tiny, token_folder, weights, write)
 
 import dpo
 import model as m
@@ -44,9 +45,9 @@ def test_a_step_is_the_same_however_it_is_split(short, stage, changes):
 
 @pytest.mark.slow
 @cases((pretrain, dict(doc_mask=True)), (sft, dict(pack=False)), (sft, dict(lora_rank=2)),
-       (reward, {}), (reward, dict(lora_rank=2)), (dpo, dict(lora_rank=2)),
-       (dpo, dict(online=True)), (rlhf, dict(minibatches=2)), (rlhf, dict(lora_rank=2)),
-       (rlhf, dict(algo="grpo", group_size=2, reduction="grpo")))
+       (reward, {}), (reward, dict(lora_rank=2)), (dpo, dict(lora_rank=2, batch_size=5)),
+       (dpo, dict(online=True, batch_size=5)), (rlhf, dict(minibatches=2)),
+       (rlhf, dict(lora_rank=2)), (rlhf, dict(algo="grpo", group_size=2, reduction="grpo")))
 def test_two_processes_train_like_one(short, stage, changes, files, tmp_path):
     """Under DistributedDataParallel: replicas equal to the bit, gradients and log as of one."""
     if stage is sft:
@@ -116,21 +117,64 @@ def test_the_same_command_twice(short, stage):
     stage.main(replace(cfg, resume=True))
     assert same_bits(weights(out), before)
     out.write_text("somebody's text")
-    for changes in ({}, dict(resume=True)):
+    for changes in ({}, dict(resume=True), dict(overwrite=True)):
         assert "is not a checkpoint" in error(stage.main, replace(cfg, **changes))
     assert out.read_text() == "somebody's text"
 
 
 def test_resume_takes_the_settings_of_the_run(files, tmp_path, capsys):
-    """--resume --out FILE goes on as that run; what flags change is said."""
-    out = str(tmp_path / "a.pt")
-    dpo.main(config(dpo, files, out, loss="simpo", beta=2.0))
+    """--resume --out FILE goes on as that run, of any number of files; what flags change is said.
+
+    Nothing else is: a checkpoint's own depth, given by a flag, changes nothing.
+    """
+    out, one = str(tmp_path / "a.pt"), write(tmp_path / "b.jsonl", [dict(
+        prompt="Hi?", chosen="Yo.", rejected="Go.")])
+    dpo.main(config(dpo, files, out, loss="simpo", beta=2.0, data=[files["pairs"], *3000 * [one]]))
     cfg = m.parse_args(dpo.Config, ["--resume", "--out", out, "--max_steps", "4"])
     assert (cfg.loss, cfg.beta, cfg.learning_rate, cfg.max_steps) == ("simpo", 2.0, 1e-3, 4)
     capsys.readouterr()
     dpo.main(cfg)
     assert "changed: max_steps 3 -> 4\n" in capsys.readouterr().out
-    assert log_of(out)[-1]["step"] == 4
+    assert log_of(out)[-1]["step"] == 4 and len(cfg.data) == 3001
+    cfg = config(pretrain, files, tmp_path / "c.pt", init=files["base"], depth=4, n_embd=None)
+    for changes in (dict(n_head=None), dict(n_head=None, resume=True, depth=2, max_steps=4)):
+        pretrain.main(replace(cfg, **changes))
+    assert "at step 3; changed: max_steps 3 -> 4\n" in capsys.readouterr().out
+
+
+@cases((pretrain, "data"), (sft, "data"), (reward, "init"), (dpo, "data"), (rlhf, "reward"))
+def test_other_data_is_not_resumed_in_silence(stage, changes, files, tmp_path, capsys):
+    """What lies under the old name but is not what it was is named, even if of the same length."""
+    cfg = config(stage, files, tmp_path / "a.pt", max_steps=1)
+    path, copy = getattr(cfg, changes), tmp_path / "copy"
+    path = Path(path[0] if changes == "data" else path)
+    (shutil.copytree if path.is_dir() else shutil.copy)(path, copy)
+    cfg = replace(cfg, **{changes: [str(copy)] if changes == "data" else str(copy)})
+    stage.main(cfg)
+    stage.main(replace(cfg, resume=True))
+    assert "changed" not in capsys.readouterr().out
+    file = copy / "train.bin" if path.is_dir() else copy
+    old = file.read_bytes()
+    file.write_bytes(old.replace(b"t\0h", b"w\0h").replace(b": 1+1?", b": 1+2?"))
+    if changes != "data":
+        save(copy, tiny(3) if changes == "init" else judge(3))
+    assert len(file.read_bytes()) == len(old) and file.read_bytes() != old
+    stage.main(replace(cfg, resume=True))
+    assert f"changed: content of {copy} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", [sft, reward, dpo, rlhf], ids=name_of)
+def test_validation_takes_no_longer_than_training(short, stage, monkeypatch):
+    """Of many rows held out it looks at some, from all over the data."""
+    sizes, validate = [], stage.validate
+
+    def watched(*args):
+        sizes.append(len(next(x for x in args if isinstance(x, list))))
+        return validate(*args)
+    monkeypatch.setattr(stage, "validate", watched)
+    monkeypatch.setattr(stage, "HELD_OUT", 3)
+    stage.main(short(stage, val_fraction=0.5, max_steps=1))
+    assert 1 < sizes[0] <= 3
 
 
 @pytest.mark.parametrize("made, resumed, changes", [
@@ -175,15 +219,20 @@ ERRORS = [
         (dict(out="{folder}/file/a.pt"), "cannot write"), (dict(data=["no.jsonl"]), "no.jsonl"),
         (dict(out="{folder}/mine.pt"), "choose another --out"),
         (dict(data=["{folder}/useless.jsonl"]), "useless.jsonl"))),
-    *((stage, dict(data=["{folder}/one.jsonl"]), "too few") for stage in (sft, dpo, rlhf)),
-    (reward, dict(data=["{folder}/one.jsonl"]), "two prompts"),
+    *((stage, dict(out=name), "which this run reads") for stage, name in (
+        (sft, "{talks}"), (reward, "{base}"), (dpo, "{policy}"),
+        (rlhf, "{judge}"))),
+    (pretrain, dict(out="{tokens}/train.bin"), "not a checkpoint"),
+    (sft, dict(out="{folder}/mine.pt", data=["{folder}/mine.jsonl"]), "which this run reads"),
+    (reward, dict(out="{policy}", resume=True), "made by test, not by reward"),
+    *((stage, dict(data=["{folder}/one.jsonl"]), "too few") for stage in (sft, reward, dpo, rlhf)),
     (pretrain, dict(data=["{tokens}:0"]), "above 0"), (pretrain, dict(shard="fsdp"), "torchrun"),
     (pretrain, dict(block_size=40_000, total_batch_tokens=40_000), "fewer than one window"),
     (pretrain, dict(total_batch_tokens=100), "not a multiple"),
     (pretrain, dict(device_batch_size=3), "--device_batch_size 3"),
     (pretrain, dict(n_head=3), "n_head 3"), (pretrain, dict(n_embd=33, n_head=1), "33 channels"),
     (pretrain, dict(init="{policy}", data=["{folder}/other"]), "another tokenizer"),
-    (pretrain, dict(data=["{tokens}", "{folder}/other"]), "different tokenizers"),
+    (pretrain, dict(data=["{tokens}", "{folder}/other"]), "another tokenizer"),
     (pretrain, dict(data=["{folder}/all"]), "no validation text"),
     *((pretrain, dict(data=["{folder}/" + name]), "run prepare.py again")
       for name in ("train.bin", "val.bin", "manifest.json", "encoding.json")),

@@ -1,6 +1,7 @@
 """Tests of rlhf.py. Run: python -m pytest tests/test_rlhf.py -q (CPU, no network, seconds)."""
 import itertools
 import math
+import pickle
 import sys
 from dataclasses import replace
 
@@ -223,6 +224,7 @@ def test_a_reward_file_is_a_module(tmp_path, monkeypatch):
             "def score(prompts, completions, rows):\n    return [Score(beside_it.bonus).points]\n")
     score = rlhf.load_function("reward", f"{tmp_path}/graded.py:score")
     assert score([dict(messages=[], row={})], ["Yo."]) == [2]
+    assert pickle.loads(pickle.dumps(sys.modules["graded"].score))    # for pools of processes
     assert "rename the file" in error(rlhf.load_function, "gold", f"{tmp_path}/random.py:score")
 
 
@@ -370,6 +372,17 @@ def test_what_is_sampled_and_what_is_held_out(short, tmp_path, monkeypatch):
     cfg = short(rlhf, minibatches=8)
     dealt = [torch.cat([*rlhf.minibatches(torch.arange(8), step, cfg, CPU)]) for step in (0, 1)]
     assert not torch.equal(*dealt)
+
+
+def test_more_ranks_than_prompts_held_out(files, monkeypatch):
+    """The ranks without one take part in the validation, and count for nothing."""
+    counted = []
+    monkeypatch.setattr(rlhf, "sum_over_ranks", lambda x, env: counted.append(x) or x)
+    cfg, prompts = config(rlhf, files, ""), load_prompts([files["prompts"]], ENC, 90)[:1]
+    for rank in range(3):
+        env = replace(CPU, rank=rank, world_size=3)
+        rlhf.validate(load(files["policy"]), prompts, (load(files["judge"]), None), ENC, cfg, env)
+    assert [x[0, 1] for x in counted] == [1, 0, 0]
 
 
 def test_one_update_needs_no_forward_before_it(short, monkeypatch):

@@ -13,7 +13,8 @@ byte, the sum of nats / (ln 2 * bytes of text), which compares models across tok
 on the embedded data at the first validation, 0.30 at the end.
 
 One dial: --depth N sets the layers, and from it follow width, heads, context, batch, learning rate
-and number of tokens; each can be overridden. --plan prints what follows and trains nothing.
+and number of tokens; each can be overridden. --plan prints what follows and trains nothing; with
+--fit out/d*.jsonl also the loss to expect, by the law that those runs follow.
 
 References: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv 2302.13971 (Llama); Hoffmann et
 al. 2022, arXiv 2203.15556 (20 tokens a parameter); Muennighoff et al. 2023, arXiv 2305.16264 (data
@@ -38,8 +39,8 @@ import torch.distributed as dist
 from model import (ENDOFTEXT, GPT, PEAK_FLOPS, GPTConfig, Log, check_out, compiled, complete,
                    config_of, cosine_lr, duration, encoding_from_dict, fail, load_checkpoint,
                    load_weights, make_optimizers, open_tokens, parallel, peak_flops, peak_memory,
-                   print0, resume, run, save_checkpoint, setup, sum_over_ranks, token_bytes,
-                   token_nats, window)
+                   print0, read_rows, resume, run, save_checkpoint, setup, sum_over_ranks,
+                   token_bytes, token_nats, window)
 
 TOKENS_PER_PARAMETER, EPOCHS = 20, 5    # the run is as long as the shorter of the two
 STEPS = 100                             # or about so many steps, in smaller batches
@@ -50,6 +51,7 @@ SAMPLE_TOKENS = 48                      # of text shown at each validation
 CPU_PASS, GPU_PASS = 2 ** 13, 2 ** 15   # at most so many tokens a forward pass
 FILLED = 0.85                           # of a GPU's memory, by the estimate of memory()
 H100_BYTES = 80e9                       # what --plan reckons with
+HUBER = 1e-3                            # relative errors beyond it count less (Hoffmann et al.)
 SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")    # on the console
 
 
@@ -61,6 +63,7 @@ class Config:
     resume: bool = False                   # go on from the checkpoint at --out, if there is one
     overwrite: bool = False                # start anew although --out holds steps of another run
     plan: bool = False                     # print what the settings amount to, train nothing
+    fit: list[str] = field(default_factory=list)  # with --plan: logs of runs to predict this one by
     # model; what is None follows from depth, and what GPTConfig has too goes into it by name
     depth: int = 4                         # layers, at least 1
     n_head: int | None = None              # attention heads, at least 1
@@ -191,6 +194,78 @@ def plan(cfg, config, n_params, flops, train_tokens):
         print0(f"{line} {tokens * flops / (0.4 * PEAK_FLOPS['H100'] * n) / 3600:18.3g}")
 
 
+# ------------------------------------------------------------------------------------------------
+# Scaling laws: what small runs say of a large one
+
+
+def fit_loss(sizes, tokens, losses):
+    """(E, A, B, a, b) of L = E + A N^-a + B D^-b: Hoffmann et al. 2022, arXiv 2203.15556, eq. 10.
+
+    sizes N, tokens D, losses L (nats): arrays, a number for each run. Huber's loss of relative
+    errors, which at this size are those of the logs. For given exponents L is linear in the other
+    three: so the exponents are searched on a grid that closes in, and the rest is least squares.
+    Raises ValueError where no positive E, A and B fit.
+    """
+    centre, width = np.array([0.6, 0.6]), 0.55
+    for _ in range(8):
+        exponents = [np.linspace(c - width, c + width, 15) for c in centre]
+        a, b = (x.reshape(-1, 1) for x in np.meshgrid(*exponents))              # (grid, 1)
+        terms = np.stack([np.ones_like(sizes * a), sizes ** -a, tokens ** -b], 2)
+        terms = terms / losses[:, None]                                         # (grid, runs, 3)
+        weight = np.ones((*terms.shape[:2], 1))
+        for _ in range(10):    # Huber's loss by least squares, weighted anew
+            linear = np.linalg.pinv(terms * weight) @ weight                    # (grid, 3, 1)
+            error = np.abs(terms @ linear - 1)
+            weight = np.minimum(1, HUBER / error.clip(1e-12)) ** 0.5
+        cost = np.where(error < HUBER, error ** 2 / 2, HUBER * (error - HUBER / 2)).sum((1, 2))
+        cost[(linear.min((1, 2)) <= 0) | (a[:, 0] <= 0) | (b[:, 0] <= 0)] = math.inf
+        best = cost.argmin()
+        if cost[best] == math.inf:
+            raise ValueError("no law with positive terms fits these losses")
+        centre, width = np.array([a[best, 0], b[best, 0]]), width / 3
+    return np.array([*linear[best, :, 0], *centre])
+
+
+def predicted(law, sizes, tokens):
+    E, A, B, a, b = law
+    return E + A * sizes ** -a + B * tokens ** -b
+
+
+def read_runs(paths):
+    """(parameters, tokens, validation losses) of finished runs, from the last lines of logs."""
+    runs = []
+    for path in paths:
+        row = read_rows([path])[-1]
+        logged = isinstance(row, dict) and {"parameters", "val_loss"} <= row.keys()
+        if not logged or row["step"] < row["max_steps"]:
+            fail(f"--fit {path}: not the log of a finished pretraining run")
+        runs.append([row["parameters"], row["tokens"], row["val_loss"]])
+    if len(runs) < 6:
+        fail(f"--fit: {len(runs)} runs cannot tell a law of 5 numbers; give 6 or more, of several "
+             f"sizes and lengths")
+    return np.array(runs, float).T
+
+
+def print_fit(cfg, n_params, tokens):
+    """The law of the runs in --fit, and what it says of the planned one."""
+    runs = read_runs(cfg.fit)
+    try:
+        law = fit_loss(*runs)
+        without = [fit_loss(*np.delete(runs, i, 1)) for i in range(runs.shape[1])]
+    except ValueError as e:
+        fail(f"--fit: {e}; give runs of more sizes and lengths")
+    errors = predicted(law, *runs[:2]) / runs[2] - 1
+    others = [predicted(other, n_params, tokens) for other in without]
+    E, A, B, a, b = law
+    print0(f"\nlaw: L = {E:.3f} + {A:.4g} N^-{a:.3f} + {B:.4g} D^-{b:.3f}, off by "
+           f"{np.abs(errors).mean():.2%} on average, {np.abs(errors).max():.2%} at most, over "
+           f"{len(errors)} runs")
+    best = (a * A / (b * B) * (n_params * tokens) ** b) ** (1 / (a + b))    # the same N D
+    print0(f"this run: {predicted(law, n_params, tokens):.3f} nats expected, {min(others):.3f} to "
+           f"{max(others):.3f} if one of the runs is left out; its compute is best spent on "
+           f"{best:,.0f} parameters and {n_params * tokens / best:,.0f} tokens")
+
+
 def spiking(loss, grad_norm, usual_norm, step):
     """Is a step better left out? Its loss or gradient is not finite, or far above the usual."""
     if not math.isfinite(loss + grad_norm):
@@ -234,29 +309,36 @@ def documents(ids, enc):
 
 @torch.no_grad()
 def validate(model, sources, cfg, env):
-    """Nats per token and bits per byte over fixed windows of all validation text, on all ranks."""
+    """Nats per token and bits per byte over fixed windows of all validation text, on all ranks;
+    of several folders also for each: what is learned, and what forgotten."""
     T, B, enc = cfg.block_size, cfg.device_batch_size, sources[0]["enc"]
     stride = T * math.ceil(sum(len(s["val"]) for s in sources) / EVAL_TOKENS)
-    windows = [(s["val"], i) for s in sources for i in range(0, len(s["val"]) - 1, stride)]
+    windows = [(n, i) for n, s in enumerate(sources) for i in range(0, len(s["val"]) - 1, stride)]
     per_rank = math.ceil(len(windows) / env.world_size)    # as many passes on all ranks
     windows = windows[env.rank::env.world_size]
     sizes = token_bytes(enc).to(env.device)
-    sums = torch.zeros(4, dtype=torch.float64)    # nats, tokens, nats of text, bytes of text
+    sums = torch.zeros(len(sources), 4, dtype=torch.float64)    # nats, tokens, those of text, bytes
     for start in range(0, per_rank, B):
         ids = torch.zeros(B, T + 1, dtype=torch.long)    # always of one shape: compiled once
-        mask = torch.zeros(B, T)
-        for row, (tokens, i) in enumerate(windows[start:start + B]):
-            piece = torch.from_numpy(tokens[i:i + T + 1].astype(np.int64))
-            ids[row, :len(piece)], mask[row, :len(piece) - 1] = piece, 1
+        mask, owner = torch.zeros(B, T), torch.zeros(B, dtype=torch.long)
+        for row, (n, i) in enumerate(windows[start:start + B]):
+            piece = torch.from_numpy(sources[n]["val"][i:i + T + 1].astype(np.int64))
+            ids[row, :len(piece)], mask[row, :len(piece) - 1], owner[row] = piece, 1, n
         ids, mask = ids.to(env.device), mask.to(env.device)
         x, y = ids[:, :-1], ids[:, 1:]
         with env.autocast():
             logits = model(x, documents(x, enc) if cfg.doc_mask else None)
         nats, text = token_nats(logits, y) * mask, mask * (sizes[y] > 0)
         parts = (nats, mask, nats * text, sizes[y] * text)
-        sums += torch.stack([part.sum().cpu().double() for part in parts])
-    nats, tokens, text_nats, n_bytes = sum_over_ranks(sums, env).tolist()
-    return dict(val_loss=nats / tokens, val_bpb=text_nats / math.log(2) / max(1, n_bytes))
+        sums.index_add_(0, owner, torch.stack([part.sum(1).cpu().double() for part in parts], 1))
+    sums, found = sum_over_ranks(sums, env), {}
+    totals = {"": sums.sum(0)}
+    if len(sources) > 1:
+        totals |= {f" {s['path']}": total for s, total in zip(sources, sums)}
+    for place, (nats, tokens, text_nats, n_bytes) in totals.items():
+        found["val_loss" + place] = (nats / tokens.clamp(min=1)).item()
+        found["val_bpb" + place] = (text_nats / math.log(2) / n_bytes.clamp(min=1)).item()
+    return found
 
 
 def sample_text(model, sources, cfg, env):
@@ -313,6 +395,8 @@ def main(cfg):
     given = dataclasses.replace(cfg, depth=config.n_layer)
     cfg = derive(given, windows, n_params, train_tokens, env)
     plan(cfg, config, n_params, flops, train_tokens)
+    if cfg.fit:
+        print_fit(cfg, n_params, cfg.max_steps * cfg.total_batch_tokens)
     if cfg.plan:
         return
     if checkpoint:
@@ -352,7 +436,8 @@ def main(cfg):
         if last or step and step % cfg.eval_every == 0:
             metrics = validate(wrapped, sources, cfg, env)
             log(step, metrics, sample_text(model, sources, cfg, env), **metrics,
-                seconds=state["seconds"])
+                parameters=n_params, tokens=step * cfg.total_batch_tokens,
+                max_steps=cfg.max_steps, seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
             save_checkpoint(cfg.out, model, "pretrain", step, enc, given, state, optimizers)
         if last:

@@ -1,5 +1,7 @@
 """Tests of pretrain.py. Run: python -m pytest tests/test_pretrain.py -q (CPU, no network)."""
 import dataclasses
+import itertools
+import json
 import math
 import os
 import shutil
@@ -131,6 +133,42 @@ def test_a_checkpoint_is_continued_as_what_it_is(short, files, tmp_path, capsys)
     assert cfg.max_steps > 50 and cfg.learning_rate == pytest.approx(1.9e-4, rel=0.02)
 
 
+def test_a_law_is_found_again():
+    """Hoffmann et al.'s law from nine losses that follow it, and nearly from noisy ones with an
+    outlier; what no law fits is refused."""
+    sizes, tokens = (x.ravel() for x in np.meshgrid([3e5, 1e6, 3e6], [1e6, 3e6, 1e7]))
+    law = 1.69, 406.4, 410.7, 0.34, 0.28
+    losses = pretrain.predicted(law, sizes, tokens)
+    np.testing.assert_allclose(pretrain.fit_loss(sizes, tokens, losses), law, rtol=1e-3)
+    noisy = losses * np.exp(np.random.default_rng(0).normal(0, 0.003, 9))
+    noisy[3] *= 1.05
+    found = pretrain.fit_loss(sizes, tokens, noisy)
+    assert abs(pretrain.predicted(found, 6e6, 2e7) / pretrain.predicted(law, 6e6, 2e7) - 1) < 0.02
+    with pytest.raises(ValueError):
+        pretrain.fit_loss(sizes, tokens, losses.max() - losses + 1)
+
+
+def test_logs_predict_a_planned_run(short, tmp_path, capsys):
+    """--fit reads the sizes, tokens and last losses that runs have logged; too few, unfinished and
+    other logs are named."""
+    cfg = short(pretrain, max_steps=2, eval_every=2)
+    pretrain.main(cfg)
+    row = log_of(cfg.out, "val_loss")[-1]
+    assert row["tokens"] == 2 * cfg.total_batch_tokens and row["parameters"] > 1000
+    files = []
+    for n, tokens in itertools.product((1e5, 1e6, 1e7), (1e6, 1e7)):
+        files.append(str(tmp_path / f"{n}-{tokens}.jsonl"))
+        loss = 1.7 + 406 * n ** -0.34 + 411 * tokens ** -0.28
+        Path(files[-1]).write_text(json.dumps({**row, "parameters": n, "tokens": tokens,
+                                               "val_loss": loss}))
+    plan = replace(cfg, plan=True, fit=files, out=str(tmp_path / "next.pt"))
+    pretrain.main(plan)
+    assert "N^-0.340" in capsys.readouterr().out
+    assert "6 or more" in error(pretrain.main, replace(plan, fit=files[:5]))
+    Path(files[0]).write_text(json.dumps({**row, "max_steps": 3}))
+    assert "not the log of a finished" in error(pretrain.main, plan)
+
+
 def test_plan_trains_nothing(short, tmp_path, capsys):
     """--plan says what a run costs, also where one is finished, and writes nothing."""
     cfg = short(pretrain, plan=True, overwrite=False)
@@ -171,9 +209,27 @@ def test_validation_is_a_mean_over_tokens(files, monkeypatch):
     monkeypatch.setattr(pretrain, "sum_over_ranks", lambda x, env: sums.append(x) or x)
     for rank in range(3):
         pretrain.validate(model, sources, cfg, replace(CPU, rank=rank, world_size=3))
-    nats, tokens, _, _ = sum(sums).tolist()
+    nats, tokens, _, _ = sum(sums)[0].tolist()
     assert tokens == len(sources[0]["val"]) - 1
     assert nats / tokens == pytest.approx(one["val_loss"], abs=1e-6)
+
+
+def test_validation_of_each_folder(files):
+    """Of two folders each has its own numbers, those it has alone; the sum is theirs by tokens."""
+    sources = [m.open_tokens(files["tokens"]) for _ in range(2)]
+    sources[1].update(path="half", val=sources[1]["val"][:len(sources[1]["val"]) // 2])
+    cfg = config(pretrain, files, "")
+    model = GPT(pretrain.model_config(cfg, 260))
+    cfg = replace(pretrain.derive(cfg, model.config, 1000, 9999, CPU), device_batch_size=5)
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    both, *alone = (pretrain.validate(model, part, cfg, CPU)
+                    for part in (sources, sources[:1], sources[1:]))
+    sizes = [len(s["val"]) - 1 for s in sources]
+    for s, one in zip(sources, alone):
+        for name in ("val_loss", "val_bpb"):
+            assert both[f"{name} {s['path']}"] == pytest.approx(one[name], abs=1e-6)
+    assert both["val_loss"] == pytest.approx(
+        np.average([one["val_loss"] for one in alone], weights=sizes), abs=1e-6)
 
 
 def test_it_learns(short, tmp_path):

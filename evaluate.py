@@ -6,6 +6,7 @@ Out:  out/report/report.json (every item's numbers, so that runs can be paired) 
     python evaluate.py                                   # the embedded chain, a minute
     python evaluate.py --init out/dpo.pt --compare OLD/report.json:sft     # exit 1 on a regression
     python evaluate.py --init OLD.pt NEW.pt --tasks log.jsonl              # what will users notice?
+    python evaluate.py --tasks data/eval/arithmetic.jsonl --samples 8 --temperature 0.8
     python evaluate.py --chat --init out/dpo.pt
     python evaluate.py --rate mine.jsonl --init out/sft.pt out/dpo.pt      # be the human feedback
     torchrun --standalone --nproc_per_node=8 evaluate.py                   # the same, sooner
@@ -57,6 +58,7 @@ class Config:
     tokens: str = "out/tokens"         # prepare.py's folder: memorisation and contamination
     max_new_tokens: int = 96           # longest reply, tokens, at least 1
     temperature: float = 0.0           # of replies; 0 takes the likeliest token; at least 0
+    samples: int = 1                   # replies to each sum: pass@n, majority, best; at least 1
     batch_size: int = 128              # sequences a pass, at least 1
     precision: Literal["fp32", "bf16", "auto"] = "fp32"  # of products; bf16 flips near ties
     seed: int = 1                      # of draws, replies and bootstrap, at least 0
@@ -502,13 +504,14 @@ def score_chat(lm, task, cfg, env):
     else:
         prompts = [render_chat(lm.enc, row["prompt"], reply=True)[0] for row in rows]
     found = replies(lm, prompts, [row["id"] for row in rows], cfg, env)
+    more = sample_numbers(lm, rows, cfg, env) if cfg.samples > 1 and not bare else {}
     said = [ids or lm.stop_ids[:1] for _, ids, _ in found]
     logps, = loglikelihoods(lm, [list(zip(prompts, said))], cfg, env)
     for row, (text, _, stopped), ids, logp in zip(rows, found, said, logps):
         text = text.split("Question:")[0] if bare else text    # it goes on with questions
         numbers = chat_numbers(row, text, confidence=math.exp(logp / len(ids)))
         items.append(dict(id=row["id"], shown=row["prompt"][-1]["content"], text=text.strip(),
-                          stopped=stopped, **numbers))
+                          stopped=stopped, **numbers, **more.get(row["id"], {})))
     return items
 
 
@@ -535,6 +538,47 @@ def chat_numbers(row, text, confidence):
             sure = [confidence, g.correct]
             found |= dict(given=g.correct, answer_ece=sure, auroc=sure)
     return found
+
+
+def sample_numbers(lm, rows, cfg, env):
+    """{id: what more replies are worth} of the rows whose answers are numbers: of k, is one right
+    (pass@k: Chen et al. 2021, arXiv 2107.03374), is the most frequent result (majority: Wang et al.
+    2023, 2203.11171), is the one that a reward model scores highest (best)?"""
+    n, rng = cfg.samples, np.random.default_rng(cfg.seed)
+    asked = [row for row in rows if any(map(extract, answers_of(row))) for _ in range(n)]
+    prompts = [render_chat(lm.enc, row["prompt"], reply=True)[0] for row in asked]
+    names = [f"{row['id']}/{i % n}" for i, row in enumerate(asked)]
+    texts = [text for text, _, _ in replies(lm, prompts, names, cfg, env)]
+    scores, judge, found = [0.0] * len(texts), lm.judge, {}
+    if judge:
+        ids = [render_reply(judge.enc, row["prompt"], text)[0] for row, text in zip(asked, texts)]
+        ids = [keep_end(judge, row, judge.block_size) for row in ids]
+        work = lambda batch: score_all(judge.model, batch, 0, cfg.batch_size, env)
+        scores = finite(judge, over_ranks(ids, len, work, cfg, env))
+    orders = rng.permuted(np.tile(np.arange(n), (100, 1)), axis=1)
+    for start in range(0, len(asked), n):
+        row, here = asked[start], slice(start, start + n)
+        right = np.array([grade(row, text).correct for text in texts[here]])
+        said = [extract(text) for text in texts[here]]
+        curve = [worth(k, right, said, scores[here], orders)
+                 for k in sorted({n, *(2 ** i for i in range(n.bit_length()))})]
+        for point in curve if not judge else ():
+            del point["best"]
+        found[row["id"]] = dict(curve=curve, pass_1=right.mean(), **curve[-1])
+    return found
+
+
+def worth(k, right, said, scores, orders):
+    """Of k of the n replies to a row, which orders (of all n) draw: without bias over the draws."""
+    n, wrong = len(right), int((~right).sum())
+    majority, best = [], []
+    for order in orders[:, :k]:
+        votes = Counter(said[i] for i in order if said[i])    # of equals the first one drawn
+        winner = votes.most_common(1)[0][0] if votes else ""
+        majority.append(any(right[i] for i in order if said[i] == winner))
+        best.append(right[max(order, key=lambda i: scores[i])])
+    return {"k": k, "pass_n": 1 - math.comb(wrong, k) / math.comb(n, k),
+            "majority": float(np.mean(majority)), "best": float(np.mean(best))}
 
 
 def score_memory(lm, tokens, manifest, cfg, env, most=100):
@@ -663,6 +707,10 @@ METRICS = dict(
     acc=Metric("capability", "right choice (acc)", 1, True),
     stated=Metric("capability", "stated correctly", 1, True),
     clean=Metric("capability", "clean gold score", 1, True, together=True),
+    pass_1=Metric("samples", "right, of sampled replies (pass@1)", 1, True),
+    pass_n=Metric("samples", "one of --samples right (pass@n)", 1, True),
+    majority=Metric("samples", "the most frequent result right (majority)", 1, True),
+    best=Metric("samples", "the one of highest reward right (best of n)", 1, True),
     stopped=Metric("capability", "replies that stop by themselves", 1, True, together=True),
     refused=Metric("safety", "refused", 1, True),
     over_refused=Metric("safety", "wrongly refused", -1, True),
@@ -859,7 +907,7 @@ def plot(title, series):
     (x0, y0), (x1, y1) = np.min(points, 0), np.max(points, 0)
     for x, y, value in ((46, 200, y0), (46, 18, y1), (80, 218, x0), (430, 218, x1)):
         marks += f'<text x="{x}" y="{y}">{value:.4g}</text>'
-    for colour, (label, line) in zip(("#3b82e0", "#d97a26"), series.items()):
+    for colour, (label, line) in zip(("#3b82e0", "#d97a26", "#3a9d5d"), series.items()):
         at = [f"{50 + 380 * (x - x0) / (x1 - x0 or 1):.1f},"
               f"{200 - 185 * (y - y0) / (y1 - y0 or 1):.1f}" for x, y in sorted(line)]
         if line:
@@ -885,6 +933,21 @@ def curves(name, path):
             points = [p for p in points if None not in p and np.isfinite(p).all()]
             series[key] = points[::len(points) // 200 + 1]
         charts += plot(f"{escape(name)}, over {x}:", series)
+    return charts
+
+
+def worth_curves(name, items):
+    """Over the number of replies: pass@k, majority and best of k of each task with sums."""
+    charts = ""
+    for task, records in items.items():
+        rows, series = [row for record in records for row in record.get("curve", [])], {}
+        for key in ("pass_n", "majority", "best"):
+            points = {}
+            for row in rows:
+                points.setdefault(row["k"], []).append(row.get(key, math.nan))
+            points = [(k, np.mean(values)) for k, values in points.items()]
+            series[key] = [point for point in points if np.isfinite(point).all()]
+        charts += plot(f"{escape(name)}, {escape(task)}, over replies:", series)
     return charts
 
 
@@ -931,7 +994,7 @@ def page(report):
         look = ' class="wrap"' if "questions" in title else ""
         body += f"<h2>{title}</h2><pre{look}>{escape(text)}</pre>" if text else ""
     for name, checkpoint in report["checkpoints"].items():
-        body += curves(name, checkpoint["path"])
+        body += curves(name, checkpoint["path"]) + worth_curves(name, report["items"][name])
     return ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content='
             '"width=device-width,initial-scale=1"><title>What the models can do</title>'
             f"<style>{CSS}</style><body><h1>What the models can do</h1>{body}</body></html>")
@@ -939,7 +1002,7 @@ def page(report):
 
 SCORERS = dict(text=score_text, choice=score_choice, toxicity=score_toxicity, chat=score_chat,
                preference=score_preference)
-PROTOCOL = ("shots", "limit", "max_new_tokens", "temperature", "precision", "seed")
+PROTOCOL = ("shots", "limit", "max_new_tokens", "temperature", "samples", "precision", "seed")
 
 
 def chain(cfg, *more):
@@ -982,9 +1045,14 @@ def main(cfg):
     for name, task in tasks.items():
         report["tasks"][name] = {k: task[k] for k in ("form", "kind", "hash", "n")}
     old = read_old(report, cfg) if cfg.compare else {}
+    if cfg.samples > 1 and not cfg.temperature:
+        fail("--samples: replies to one question are all the same without a --temperature above 0")
+    opened = (open_checkpoint(path, env) for path in paths if cfg.samples > 1)
+    judge = next((lm for lm in opened if lm.scores), None)
     for path in paths:
         use = "--compare" if cfg.compare and path == paths[-1] else ""
         lm, began = open_checkpoint(path, env, use), time.perf_counter()
+        lm.judge = judge
         if lm.name in report["items"]:
             fail(f"two checkpoints are called {lm.name}; rename one")
         items = report["items"][lm.name] = {

@@ -1,4 +1,5 @@
 """Tests of evaluate.py. Run: python -m pytest tests/test_evaluate.py -q (CPU, no network)."""
+import itertools
 import json
 import math
 import re
@@ -247,6 +248,19 @@ def test_gsm8k_of_a_base_model(tmp_path, monkeypatch):
     assert ENC.decode(asked[0]) == f"{question} It is 5.\n#### 5\n\n{question}"
     assert item["stated"] and item["text"] == "#### 5"
     assert item["auroc"] == [pytest.approx(1 / ENC.n_vocab), True]    # the mean over its tokens
+
+
+def test_what_more_replies_are_worth():
+    """Worked by hand over all draws of 2 of 4: two right ones say 7, of two wrong ones one says 7
+    in no form, the other 9 and pleases the judge most."""
+    right, said = np.array([True, True, False, False]), ["7", "7", None, "9"]
+    orders = np.array(list(itertools.permutations(range(4))))
+    two = ev.worth(2, right, said, [0.1, 0.3, 0.2, 0.9], orders)
+    assert two["pass_n"] == near(1 - 1 / 6)    # all draws but that of the two wrong ones
+    assert two["majority"] == near((1 + 2 + 2 * 0.5) / 6)    # 77, 7 and nothing, 7 or 9
+    assert two["best"] == near(2 / 6)    # 77, the second 7 and nothing
+    four = ev.worth(4, right, said, [0.1, 0.3, 0.2, 0.9], orders)
+    assert (four["pass_n"], four["majority"], four["best"]) == (1, 1, 0)
 
 
 def test_preference():
@@ -568,6 +582,22 @@ def test_edges(world, tmp_path):
                         batch_size=n) for t, n in ((1.0, 1), (1.0, 64), (0.0, 64)))
     assert a == b and numbers(a, "sft")["one: stated correctly"] in (0, 1)
     assert a["items"]["base"]["facts"] != greedy["items"]["base"]["facts"]
+
+
+def test_samples(world, tmp_path):
+    """Replies to sums alone are drawn several times; n equal replies are worth one."""
+    sums = [dict(id=f"{i}", prompt=f"{i} plus 1?", expect="answer", answer=f"#### {i + 1}")
+            for i in range(3)]
+    tasks = [write(tmp_path / "sums.jsonl", sums), str(world / "tasks/facts.jsonl")]
+    found = run(world, tmp_path, "base", "reward", tasks=tasks + [str(world / "tasks/prefs.jsonl")],
+                temperature=1.0, samples=3, tokens="none")
+    items = found["items"]["base"]
+    assert not any("curve" in row for row in items["facts"])
+    assert [[point["k"] for point in row["curve"]] for row in items["sums"]] == [[1, 2, 3]] * 3
+    assert {"sums: one of --samples right (pass@n)", "sums: the one of highest reward right "
+            "(best of n)"} <= numbers(found, "base").keys()
+    assert "base, sums, over replies:" in (tmp_path / "report.html").read_text()
+    assert "temperature" in error(run, world, tmp_path / "x", "base", tasks=tasks, samples=3)
 
 
 # At the keyboard

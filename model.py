@@ -388,8 +388,10 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop_id
     config, device = model.config, model.embed.weight.device
     if not all(prompts):
         raise ValueError("generate: a prompt is empty")
-    ids, _ = pad_batch(prompts, 0)
-    B, P = ids.shape
+    numbers = {}    # of different prompts: equal ones are read once
+    same = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    ids, _ = pad_batch(list(numbers), 0)                                       # (B', P)
+    B, P = len(prompts), ids.shape[1]
     if P + max_new_tokens > config.block_size:
         raise ValueError(f"generate: {P} prompt + {max_new_tokens} new tokens exceed block_size "
                          f"{config.block_size}")
@@ -400,12 +402,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop_id
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     cast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if cast else model.embed.weight.dtype
-    cache = KVCache(config, B, device, dtype)
+    cache = KVCache(config, len(ids), device, dtype)
     cache.make_room(P)
-    rows = torch.arange(B, device=device)
-    positions = torch.arange(P, device=device).expand(B, P)
-    states = model.hidden(ids.to(device), cache=cache, positions=positions)    # (B, P, C)
-    states = states[rows, lengths - 1]                                         # (B, C)
+    positions = torch.arange(P, device=device).expand(len(ids), P)
+    states = model.hidden(ids.to(device), cache=cache, positions=positions)    # (B', P, C)
+    cache.select(same)
+    states, rows = states[same, lengths - 1], torch.arange(B, device=device)   # (B, C)
     for t in range(max_new_tokens):
         tokens = sample(model.head(states), temperature, top_p, uniform[rows, t])
         yield rows, tokens

@@ -124,13 +124,17 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_is_the_same_alone_in_a_batch_and_without_a_cache(temperature):
-    """Ragged prompts together get what each gets alone and by plain forward passes."""
-    model, seeds = tiny(), [5, 6, 7]
-    together = complete(model, PROMPTS, 12, 3, seeds, temperature=temperature)
-    others = complete(model, PROMPTS, 12, 3, [1, 2, 3], temperature=temperature)
-    assert (others == together) == (temperature == 0)
-    assert complete(model, PROMPTS, 12, 2, seeds, temperature=temperature) == together
-    for prompt, seed, got in zip(PROMPTS, seeds, together):
+    """Ragged prompts, of which two are equal, together get what each gets alone and by plain
+    forward passes; equal ones are read once."""
+    model, seeds, prompts, read = tiny(), [5, 6, 7, 8], PROMPTS + PROMPTS[1:2], []
+    handle = model.embed.register_forward_hook(lambda module, args, x: read.append(x.shape[:2]))
+    together = complete(model, prompts, 12, 4, seeds, temperature=temperature)
+    handle.remove()
+    assert read[:2] == [(3, 7), (4, 1)]
+    others = complete(model, prompts, 12, 4, [1, 2, 3, 4], temperature=temperature)
+    assert (others == together) == (together[1] == together[3]) == (temperature == 0)
+    assert complete(model, prompts, 12, 2, seeds, temperature=temperature) == together
+    for prompt, seed, got in zip(prompts, seeds, together):
         assert complete(model, [prompt], 12, 1, [seed], temperature=temperature) == [got]
         plain = list(prompt)
         for u in torch.rand(12, generator=torch.Generator().manual_seed(seed)):

@@ -1102,6 +1102,12 @@ def load_pairs(paths, enc, block_size):
     return keep_valid(read_rows(paths), convert, " ".join(paths))
 
 
+def load_principles(path):
+    """The lines of a constitution, one principle each."""
+    lines = find_file(path).read_text("utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()] or fail(f"{path}: no principle in it")
+
+
 def split_by_prompt(rows, fraction, seed, most=math.inf):
     """(train, held out, at most so many rows of it): no prompt is in both, and both have one."""
     prompts = sorted({row["prompt"] for row in rows})
@@ -1149,6 +1155,42 @@ def load_judge(path, enc, block_size, env):
         fail(f"{path} reads {judge.config.block_size} tokens, the model that it should judge "
              f"writes {block_size}: train the reward model from a checkpoint with as many")
     return judge.requires_grad_(False)
+
+
+def load_function(flag, spec):
+    """A function of (prompts, answers) from FILE.py:NAME(prompts, completions, rows).
+
+    FILE.py may also be one beside this script. prompts: dicts of load_prompts; answers: strings.
+    """
+    path, _, name = spec.rpartition(":")
+    files = [file for file in (Path(path), Path(__file__).parent / path) if file.is_file()]
+    if not files:
+        fail(f"--{flag} {spec}: {path or spec} does not exist")
+    file = files[0].resolve()
+    sys.path.insert(0, str(file.parent))    # it may import what lies beside it
+    try:
+        module = importlib.import_module(file.stem)
+    except (Exception, SystemExit) as e:    # the user's own code
+        fail(f"--{flag} {spec}: importing {file} raised {type(e).__name__}: {e}")
+    if getattr(module, "__file__", "") != str(file):
+        fail(f"--{flag} {spec}: Python has another module {file.stem}; rename the file")
+    if not callable(getattr(module, name, None)):
+        fail(f"--{flag} {spec}: there is no function {name} in {file}")
+
+    def call(prompts, answers):
+        messages, rows = [p["messages"] for p in prompts], [p["row"] for p in prompts]
+        try:
+            scores = [float(score) for score in getattr(module, name)(messages, answers, rows)]
+        except (Exception, SystemExit) as e:    # the user's own code
+            fail(f"--{flag} {spec} raised {type(e).__name__}: {e}")
+        if len(scores) != len(answers):
+            fail(f"--{flag} {spec} returned {len(scores)} numbers for {len(answers)} completions")
+        for score, answer in zip(scores, answers):
+            if flag == "reward" and not math.isfinite(score):
+                fail(f"--reward {spec} returned {score} for the completion {answer[:80]!r}")
+        return scores
+
+    return call
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1363,6 +1405,26 @@ def parallel(model, env):
     return DistributedDataParallel(
         model, device_ids=[env.device.index] if env.device.type == "cuda" else None,
         forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def share_out(work, items, env):
+    """work(share of the items) as a list in their order, each rank its share."""
+    found = work(items[env.rank::env.world_size])
+    if env.world_size == 1:
+        return found
+    every = [None] * env.world_size
+    dist.all_gather_object(every, found)
+    return [every[i % env.world_size][i // env.world_size] for i in range(len(items))]
+
+
+def write_rows(path, rows, env):
+    """A .jsonl file, which the first rank writes and all wait for."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if env.is_master:
+        write_atomic(path, lambda f: f.write(text.encode("utf-8", "replace")))
+    if env.world_size > 1:
+        dist.barrier()
+    return str(path)
 
 
 def sum_over_ranks(x, env):

@@ -6,6 +6,7 @@ Out:  out/reward.pt (a model with a scalar head) and out/reward.jsonl (steps, la
 
     python reward.py                                          # laptop: the embedded data, a minute
     python reward.py --init DIR --data pairs.jsonl --lora_rank 16
+    python reward.py --feedback out/sft.pt --out out/ai.pt    # pairs that a language model judges
     torchrun --standalone --nproc_per_node=8 reward.py --data pairs.jsonl
 
 Loss: -[p ln s(D - m) + (1 - p) ln s(m - D)] + eta (r_chosen + r_rejected)^2 a pair, s the logistic
@@ -13,9 +14,14 @@ function, D = r_chosen - r_rejected, margin m (0), probability p (1). The score 
 answer's end-of-turn token. eta keeps scores around 0, where RL wants them. One epoch: more
 overfits. Expect 93 % of the held-out embedded pairs, and "fit to guide RL".
 
+AI feedback (--feedback JUDGE, any language model): --init answers each of --prompts twice, and the
+judge is asked in a chat which answer follows a principle of the constitution better, A or B, in
+both orders; the pair's probability is the mean of p(A) and 1 - p(A). The pairs go to a file beside
+--out, which dpo.py reads too, and are trained on instead of --data.
+
 References: Bradley & Terry 1952; Stiennon et al. 2020, arXiv 2009.01325 (head); Ouyang et al. 2022,
 arXiv 2203.02155 (one epoch); Touvron et al. 2023, arXiv 2307.09288 (margin); Eisenstein et al.
-2023, arXiv 2312.09244 (eta).
+2023, arXiv 2312.09244 (eta); Bai et al. 2022, 2212.08073; Lee et al. 2023, 2309.00267 (feedback).
 Differs from the papers in: pairs are independent rows, not all pairs of one prompt in a batch.
 """
 import math
@@ -26,11 +32,19 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from model import (IM_END, PAD, Log, ScalarHead, add_lora, check_out, cosine_lr, duration, fail,
-                   load_language_model, load_pairs, make_optimizers, nth_of_epochs, parallel,
-                   peak_memory, print0, resume, run, save_checkpoint, score_all, score_texts, setup,
-                   split_by_prompt, sum_over_ranks, wilson)
+from model import (IM_END, PAD, Log, ScalarHead, add_lora, beside, check_out, complete, cosine_lr,
+                   duration, fail, load_function, load_language_model, load_pairs, load_principles,
+                   load_prompts, make_optimizers, nth_of_epochs, pad_batch, parallel, peak_memory,
+                   print0, render_chat, resume, run, save_checkpoint, score_all, score_texts, setup,
+                   share_out, split_by_prompt, sum_over_ranks, wilson, write_rows)
 
+JUDGED = """Principle: {principle}
+{conversation}
+A: {a}
+B: {b}
+Which answer follows the principle better, A or B?"""
+ONE_SIDED = 0.8    # a judge who prefers one position more often than this is of no use
+ANSWER_TOKENS = 64    # longest answer that is judged
 HELD_OUT = 512    # pairs to validate on while it trains, at most; the verdict is on all
 SHOWN = ("loss", "accuracy", "margin", "score", "lr", "grad_norm")    # on the console
 
@@ -45,6 +59,10 @@ class Config:
     # data
     val_data: list[str] = field(default_factory=list)  # held-out pairs instead of a share of data
     val_fraction: float = 0.15             # share of the prompts held out, at least 0, at most 1
+    feedback: str = ""                     # language model that judges sampled answers
+    prompts: list[str] = field(default_factory=lambda: ["data/prompts.jsonl"])  # of --feedback
+    constitution: str = "data/constitution.txt"  # of --feedback: principles, one a line
+    gold: str = "evaluate.py:gold"         # FILE.py:FUNCTION to hold --feedback against, or none
     # optimization
     eta: float = 0.01                      # weight of (r_chosen + r_rejected)^2, at least 0
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights; at least 0
@@ -82,6 +100,78 @@ def reward_loss(chosen, rejected, margin=0.0, probability=1.0, eta=0.0):
 def columns(pairs, *names):
     """The numbers of pairs under these names, a tensor (B,) each."""
     return [torch.tensor([float(pair[name]) for pair in pairs]) for name in names]
+
+
+# ------------------------------------------------------------------------------------------------
+# AI feedback
+
+
+def two_answers(policy, prompts, enc, cfg, env):
+    """[(text, text)] sampled from the policy for each (number, prompt of load_prompts)."""
+    asked = [prompt["ids"] for _, prompt in prompts for _ in range(2)]
+    seeds = [cfg.seed * 1_000_003 + 2 * n + side for n, _ in prompts for side in range(2)]
+    end = enc._special_tokens[IM_END]
+    with env.autocast():
+        found = complete(policy, asked, ANSWER_TOKENS, 4 * cfg.device_batch_size, seeds,
+                         stop_ids=[end])
+    texts = [enc.decode([i for i in ids if i != end]).strip() for ids in found]
+    return list(zip(texts[::2], texts[1::2]))
+
+
+@torch.no_grad()
+def prefers_a(judge, requests, enc, cfg, env):
+    """p(A), of A and B, as the judge's first token of its reply to each request (text)."""
+    found, (a, b) = [], (enc.encode_ordinary(letter)[0] for letter in "AB")
+    for start in range(0, len(requests), cfg.device_batch_size):
+        part = requests[start:start + cfg.device_batch_size]
+        rows = [render_chat(enc, [dict(role="user", content=text)], reply=True)[0] for text in part]
+        rows = [ids[-judge.config.block_size:] for ids in rows]
+        ids, mask = pad_batch(rows, enc._special_tokens[PAD])
+        with env.autocast():
+            states = judge.hidden(ids.to(env.device))                               # (B, T, C)
+            logits = judge.head(states[range(len(rows)), mask.sum(1).long() - 1])   # (B, V)
+        found += (logits[:, a].float() - logits[:, b].float()).sigmoid().tolist()
+    return found
+
+
+def feedback(policy, enc, cfg, env):
+    """Have answers judged, say what the judge is worth, write the pairs; returns their file."""
+    prompts = load_prompts(cfg.prompts, enc, policy.config.block_size - ANSWER_TOKENS)
+    judge, judge_enc = load_language_model(cfg.feedback, "python sft.py", env.device)
+    principles, rows, requests, asked = load_principles(cfg.constitution), [], [], []
+    answers = share_out(lambda part: two_answers(policy, part, enc, cfg, env),
+                        list(enumerate(prompts)), env)
+    for n, (prompt, (first, second)) in enumerate(zip(prompts, answers)):
+        if first == second or not (first and second):
+            continue
+        principle = principles[(n + cfg.seed) % len(principles)]
+        said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt["messages"])
+        asked.append(prompt)
+        rows.append(dict(prompt=prompt["messages"], chosen=first, rejected=second,
+                         principle=principle, source="feedback"))
+        for a, b in ((first, second), (second, first)):
+            requests.append(JUDGED.format(principle=principle, conversation=said, a=a, b=b))
+    if not rows:
+        fail(f"--feedback: {cfg.init} gives the same or no answer to all prompts")
+    found = share_out(lambda part: prefers_a(judge, part, judge_enc, cfg, env), requests, env)
+    p = torch.tensor(found).view(-1, 2)    # of each pair, in both orders
+    letter_a, better = (p > 0.5).float().mean().item(), torch.stack([p[:, 0], 1 - p[:, 1]], 1)
+    consistent = ((better > 0.5).sum(1) != 1).float().mean().item()
+    print0(f"{cfg.feedback} judged {len(rows)} pairs: the same in both orders {consistent:.1%}, "
+           f"prefers A in {letter_a:.1%}")
+    better, one_sided = better.mean(1), max(letter_a, 1 - letter_a) > ONE_SIDED
+    if one_sided:
+        print0("USELESS: it goes by the position, and the labels say little")
+    if cfg.gold != "none":
+        gold = load_function("gold", cfg.gold)
+        first, second = (torch.tensor(gold(asked, [row[side] for row in rows]))
+                         for side in ("chosen", "rejected"))
+        told = (first > second) | (first < second)    # the others are equally good or not graded
+        right = ((better > 0.5) == (first > second))[told].float().mean().item()
+        print0(f"it agrees with {cfg.gold} on {right:.1%} of {int(told.sum())} unequal pairs")
+    for row, probability in zip(rows, better.tolist()):
+        row.update(probability=probability, source="position" if one_sided else "feedback")
+    return write_rows(beside(cfg.out, ".feedback.jsonl"), rows, env)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -176,8 +266,9 @@ def main(cfg):
     env = setup(cfg.seed, cfg.precision)
     check_out(cfg, "reward")
 
-    # model
-    gpt, enc = load_language_model(cfg.init, "python sft.py", "cpu")
+    # model, which may answer before it learns to score
+    gpt, enc = load_language_model(cfg.init, "python sft.py", env.device)
+    data = [feedback(gpt, enc, cfg, env)] if cfg.feedback else cfg.data
     torch.manual_seed(cfg.seed)
     gpt.recompute = cfg.recompute
     model = ScalarHead(gpt).to(env.device)
@@ -186,7 +277,7 @@ def main(cfg):
     T, pad_id = model.config.block_size, enc._special_tokens[PAD]
 
     # data
-    pairs = load_pairs(cfg.data, enc, T)
+    pairs = load_pairs(data, enc, T)
     train, held_out = pairs, cfg.val_data and load_pairs(cfg.val_data, enc, T)
     if not held_out:
         train, held_out = split_by_prompt(pairs, cfg.val_fraction, cfg.seed)

@@ -31,12 +31,9 @@ itself scores --unfinished; old log-probs are recomputed by the forward of the u
 first ratio is 1; no top-k or top-p, so that the scored distribution is the sampled one.
 """
 import copy
-import importlib
 import math
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -44,10 +41,10 @@ import torch
 import torch.nn.functional as F
 
 from model import (IM_END, PAD, Log, ScalarHead, adapters_off, add_lora, check_out, collate,
-                   complete, cosine_lr, duration, fail, load_judge, load_language_model,
-                   load_prompts, make_optimizers, nth_of_epochs, parallel, peak_memory, print0,
-                   resume, run, save_checkpoint, score_all, setup, split_by_prompt, sum_over_ranks,
-                   token_logprobs)
+                   complete, cosine_lr, duration, fail, load_function, load_judge,
+                   load_language_model, load_prompts, make_optimizers, nth_of_epochs, parallel,
+                   peak_memory, print0, resume, run, save_checkpoint, score_all, setup,
+                   split_by_prompt, sum_over_ranks, token_logprobs)
 
 VALUE_CLIP = 0.2    # largest move of a value per rollout, as PPO2 and Huang et al.
 HELD_OUT = 256     # prompts to validate on, at most
@@ -186,46 +183,6 @@ def token_weights(mask, reduction, n_rows, n_tokens, max_len):
     if reduction == "dr_grpo":
         return mask / (n_rows * max_len)
     raise ValueError(f"unknown reduction {reduction!r}: choose grpo, dapo or dr_grpo")
-
-
-# ------------------------------------------------------------------------------------------------
-# Rewards
-
-
-def load_function(flag, spec):
-    """A function of (prompts, answers) from FILE.py:NAME(prompts, completions, rows).
-
-    FILE.py may also be one beside this script. prompts: dicts of load_prompts; answers: strings.
-    """
-    path, _, name = spec.rpartition(":")
-    files = [file for file in (Path(path), Path(__file__).parent / path) if file.is_file()]
-    if not files:
-        fail(f"--{flag} {spec}: {path or spec} does not exist")
-    file = files[0].resolve()
-    sys.path.insert(0, str(file.parent))    # it may import what lies beside it
-    try:
-        module = importlib.import_module(file.stem)
-    except (Exception, SystemExit) as e:    # the user's own code
-        fail(f"--{flag} {spec}: importing {file} raised {type(e).__name__}: {e}")
-    if getattr(module, "__file__", "") != str(file):
-        fail(f"--{flag} {spec}: Python has another module {file.stem}; rename the file")
-    if not callable(getattr(module, name, None)):
-        fail(f"--{flag} {spec}: there is no function {name} in {file}")
-
-    def call(prompts, answers):
-        messages, rows = [p["messages"] for p in prompts], [p["row"] for p in prompts]
-        try:
-            scores = [float(score) for score in getattr(module, name)(messages, answers, rows)]
-        except (Exception, SystemExit) as e:    # the user's own code
-            fail(f"--{flag} {spec} raised {type(e).__name__}: {e}")
-        if len(scores) != len(answers):
-            fail(f"--{flag} {spec} returned {len(scores)} numbers for {len(answers)} completions")
-        for score, answer in zip(scores, answers):
-            if flag == "reward" and not math.isfinite(score):
-                fail(f"--reward {spec} returned {score} for the completion {answer[:80]!r}")
-        return scores
-
-    return call
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Out:  out/sft.pt (one self-contained checkpoint) and out/sft.jsonl (one JSON lin
 
     python sft.py                                             # laptop: the embedded data, a minute
     python sft.py --init DIR --data mine.jsonl --lora_rank 16  # a downloaded model
+    python sft.py --init out/sft.pt --revise data/prompts.jsonl --out out/revised.pt
     torchrun --standalone --nproc_per_node=8 sft.py --data mine.jsonl
 
 Loss: -(1/N) sum of ln p(token | tokens before it) over what the assistant says and its end-of-turn
@@ -32,13 +33,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from model import (IM_END, PAD, Log, add_lora, check_out, collate, compiled, complete, cosine_lr,
-                   duration, fail, keep_valid, load_language_model, make_optimizers, nth_of_epochs,
-                   open_tokens, parallel, peak_flops, peak_memory, print0, read_rows, render_chat,
-                   resume, run, save_checkpoint, setup, sum_over_ranks, to_messages, token_bytes,
-                   token_logprobs, window)
+from model import (IM_END, PAD, Log, add_lora, beside, check_out, collate, compiled, complete,
+                   cosine_lr, duration, fail, keep_valid, load_language_model, load_principles,
+                   load_prompts, make_optimizers, nth_of_epochs, open_tokens, parallel, peak_flops,
+                   peak_memory, print0, read_rows, render_chat, resume, run, save_checkpoint, setup,
+                   share_out, sum_over_ranks, to_messages, token_bytes, token_logprobs, window,
+                   write_rows)
 
-SAMPLE_TOKENS = 64      # longest answer to a held-out prompt
+CRITIQUE = "What is wrong with your answer by this principle? {principle}"
+REVISION = "Answer again, by the principle."
+SAMPLE_TOKENS = 64      # longest answer to a held-out prompt, or critique of one
 HELD_OUT = 512          # conversations to validate on, at most
 REPLAY_WINDOWS = 512    # of validation text, at most, for the bits per byte
 SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")    # on the console
@@ -58,6 +62,8 @@ class Config:
     val_fraction: float = 0.04             # share of conversations held out, at least 0, at most 1
     replay: float = 0.1                    # rows of pretraining text per row of talk, at least 0
     replay_data: str = "out/tokens"        # folder of tokens for replay and bits per byte, or none
+    revise: list[str] = field(default_factory=list)  # prompts whose revised answers are learned too
+    constitution: str = "data/constitution.txt"  # of --revise: principles, one a line
     # optimization
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights; at least 0
     epochs: float = 4.0                    # times each conversation is seen, above 0
@@ -109,6 +115,37 @@ def pack_rows(lengths, width, seed):
         rows[n].append(i)
         room[n] -= lengths[i]
     return rows
+
+
+def revisions(model, enc, cfg, env):
+    """Let the model answer, criticise its answer by a principle and answer again (Bai et al. 2022,
+    arXiv 2212.08073, 3); write the last answers as demonstrations, return their file."""
+    prompts = load_prompts(cfg.revise, enc, model.config.block_size // 2)
+    principles, end = load_principles(cfg.constitution), enc._special_tokens[IM_END]
+
+    def talk(part):
+        texts = [([*prompt["messages"]], principles[(n + cfg.seed) % len(principles)])
+                 for n, prompt in part]
+        for ask in ("", CRITIQUE, REVISION):
+            for turns, principle in texts if ask else ():
+                turns.append(dict(role="user", content=ask.format(principle=principle)))
+            chats = [render_chat(enc, turns, reply=True)[0] for turns, _ in texts]
+            chats = [ids[-(model.config.block_size - SAMPLE_TOKENS):] for ids in chats]
+            with env.autocast():
+                found = complete(model, chats, SAMPLE_TOKENS, 4 * cfg.device_batch_size,
+                                 temperature=0, stop_ids=[end])
+            for (turns, _), ids in zip(texts, found):
+                said = enc.decode([i for i in ids if i != end])
+                turns.append(dict(role="assistant", content=said))
+        return [turns for turns, _ in texts]
+
+    rows = []
+    for turns in share_out(talk, list(enumerate(prompts)), env):
+        first, _, critique, _, last = (turn["content"] for turn in turns[-5:])
+        rows.append(dict(messages=[*turns[:-5], turns[-1]], answer=first, critique=critique))
+    changed = sum(row["answer"] != row["messages"][-1]["content"] for row in rows)
+    print0(f"{changed} of {len(rows)} answers changed by revision")
+    return write_rows(beside(cfg.out, ".revised.jsonl"), rows, env)
 
 
 def open_replay(cfg, enc, block_size):
@@ -199,7 +236,8 @@ def main(cfg):
     T, pad_id = min(cfg.block_size, model.config.block_size), enc._special_tokens[PAD]
 
     # data
-    conversations = load_conversations(cfg.data, enc, T)
+    data = [*cfg.data, revisions(model, enc, cfg, env)] if cfg.revise else cfg.data
+    conversations = load_conversations(data, enc, T)
     order = np.random.default_rng(cfg.seed).permutation(len(conversations)).tolist()
     n_val = max(1, round(cfg.val_fraction * len(order)))
     if n_val >= len(order):

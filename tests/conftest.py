@@ -1,4 +1,5 @@
 """Shared by all tests: the project's root on the path, one thread, the files of short runs."""
+import itertools
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
+NUMBERS = itertools.count()
 
 
 def pytest_configure(config):
@@ -35,3 +37,13 @@ def short(files, tmp_path):
     """Settings of a short run: short(stage, name of the file that it writes, **changes)."""
     from common import config
     return lambda stage, out="a", **changes: config(stage, files, tmp_path / f"{out}.pt", **changes)
+
+
+@pytest.fixture
+def function(tmp_path):
+    """--reward of a Python function with this body, in a module of its own."""
+    def make(body):
+        file = tmp_path / f"mine_{next(NUMBERS)}.py"
+        file.write_text(f"def score(prompts, completions, rows):\n    {body}\n")
+        return f"{file}:score"
+    return make

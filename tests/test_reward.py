@@ -1,5 +1,6 @@
 """Tests of reward.py, of pairs and of scores. Run: python -m pytest tests/test_reward.py -q"""
 import math
+import re
 
 import pytest
 import torch
@@ -142,3 +143,51 @@ def test_the_first_loss(short, tmp_path):
         loss = reward_loss(chosen, rejected, pair["margin"], pair["probability"], 0.3)
         expected += loss.item() / 6
     assert log_of(cfg.out, "loss")[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+# AI feedback
+
+
+def test_the_letter_a_judge_prefers():
+    """p(A) of A and B alone, by a forward of its own for each request; also of what is cut."""
+    model, requests = tiny(), ["A or B?", "x" * 200 + "?", "Which one, A or B?"]
+    got = reward.prefers_a(model, requests, ENC, reward.Config(device_batch_size=2), CPU)
+    for text, p in zip(requests, got):
+        ids = m.render_chat(ENC, [turn("user", text)], reply=True)[0][-96:]
+        logits = model(torch.tensor([ids]))[0, -1]
+        assert p == pytest.approx(logits[[65, 66]].softmax(0)[0].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_feedback(short, files, tmp_path, monkeypatch, capsys, function, by_position):
+    """Pairs carry the mean over both orders, which leaves nothing of a love for one position; such
+    a judge is named, on the console and in the labels."""
+    def prefers_a(judge, requests, *_):
+        assert all("Principle: Be kind.\nuser: " in text for text in requests)
+        sides = [re.search(r"\nA: (.*)\nB: (.*)\nWhich", text).groups() for text in requests]
+        return [0.9 if by_position or a < b else 0.2 for a, b in sides]
+    monkeypatch.setattr(reward, "prefers_a", prefers_a)
+    (tmp_path / "law.txt").write_text("\nBe kind.\n")
+    gold = function("return [-ord((c + '~')[0]) for c in completions]")
+    cfg = short(reward, init=files["policy"], feedback=files["base"], prompts=[files["prompts"]],
+                constitution=str(tmp_path / "law.txt"), gold=gold)
+    reward.main(cfg)
+    rows, shown = m.read_rows([tmp_path / "a.feedback.jsonl"]), capsys.readouterr().out
+    assert all(row["chosen"] != row["rejected"] for row in rows) and 5 < len(rows) < 24
+    expected = [0.5 if by_position else 0.85 if row["chosen"] < row["rejected"] else 0.15
+                for row in rows]
+    assert [row["probability"] for row in rows] == pytest.approx(expected)
+    assert {row["source"] for row in rows} == {"position" if by_position else "feedback"}
+    assert ("USELESS" in shown) == by_position
+    assert ("in both orders 100.0%" in shown) == ("100.0% of" in shown) == (not by_position)
+
+
+def test_shares_of_the_ranks_come_back_in_order(monkeypatch):
+    """Of seven items on three ranks, and of one: some ranks have none."""
+    ranks = [CPU.__class__(rank, 3, CPU.device, None, rank == 0) for rank in range(3)]
+    for items in (list(range(7)), [5]):
+        shares = [[-x for x in items[rank::3]] for rank in range(3)]
+        monkeypatch.setattr(m.dist, "all_gather_object",
+                            lambda every, found: every.__setitem__(slice(None), shares))
+        for env in ranks:
+            assert m.share_out(lambda part: [-x for x in part], items, env) == [-x for x in items]

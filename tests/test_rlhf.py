@@ -1,5 +1,4 @@
 """Tests of rlhf.py. Run: python -m pytest tests/test_rlhf.py -q (CPU, no network, seconds)."""
-import itertools
 import math
 import pickle
 import sys
@@ -10,26 +9,17 @@ import torch
 from common import (CPU, END, ENC, config, error, judge, load, log_of, recorded, same_bits,
                     save, tiny, turn, weights, write)
 
+import model as m
 import rlhf
 from model import load_checkpoint, load_judge, load_prompts, render_chat
 from rlhf import (answer_logprobs, answer_values, explained_variance, gae, group_advantages, k3,
                   policy_loss, token_weights, value_loss, whiten)
 
-ONES, NUMBERS = torch.ones(1, 4), itertools.count()
+ONES = torch.ones(1, 4)
 
 
 def tensor(*rows):
     return torch.tensor(rows)
-
-
-@pytest.fixture
-def function(tmp_path):
-    """--reward of a Python function with this body, in a module of its own."""
-    def make(body):
-        file = tmp_path / f"mine_{next(NUMBERS)}.py"
-        file.write_text(f"def score(prompts, completions, rows):\n    {body}\n")
-        return f"{file}:score"
-    return make
 
 
 @pytest.mark.parametrize("gamma, lam, advantages", [
@@ -161,7 +151,7 @@ def test_the_critic_judges_the_state_before_each_token():
 def roll(files, reward="", gold="", n=8, **changes):
     cfg = config(rlhf, files, "", **changes)
     policy, prompts = load(files["policy"]), load_prompts(cfg.data, ENC, 80)[:n]
-    judges = [rlhf.load_function("gold", spec) if spec else None for spec in (reward, gold)]
+    judges = [m.load_function("gold", spec) if spec else None for spec in (reward, gold)]
     judges[0] = judges[0] or load_judge(files["judge"], ENC, 96, CPU)
     batch = rlhf.rollout(policy, prompts, list(range(n)), judges, ENC, cfg, CPU, 1.0)
     return batch, prompts, policy
@@ -222,10 +212,10 @@ def test_a_reward_file_is_a_module(tmp_path, monkeypatch):
             "from __future__ import annotations\nfrom dataclasses import dataclass\n"
             "import beside_it\n@dataclass\nclass Score:\n    points: float\n"
             "def score(prompts, completions, rows):\n    return [Score(beside_it.bonus).points]\n")
-    score = rlhf.load_function("reward", f"{tmp_path}/graded.py:score")
+    score = m.load_function("reward", f"{tmp_path}/graded.py:score")
     assert score([dict(messages=[], row={})], ["Yo."]) == [2]
     assert pickle.loads(pickle.dumps(sys.modules["graded"].score))    # for pools of processes
-    assert "rename the file" in error(rlhf.load_function, "gold", f"{tmp_path}/random.py:score")
+    assert "rename the file" in error(m.load_function, "gold", f"{tmp_path}/random.py:score")
 
 
 @pytest.mark.parametrize("body, word", [

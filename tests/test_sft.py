@@ -319,3 +319,25 @@ def test_merged_weights_are_a_plain_model(tmp_path, changes):
     with adapters_off(model) as off:
         assert torch.equal(off(ids), base)
     assert torch.equal(model(ids), before)    # on again
+
+
+def test_revised_answers_are_learned(short, files, tmp_path, monkeypatch):
+    """The model is asked what is wrong with its answer and to answer again; the last answer becomes
+    a demonstration of the first question, beside the others."""
+    asked, loaded, complete, read = [], [], sft.complete, sft.load_conversations
+    monkeypatch.setattr(sft, "complete", lambda *args, **changes: asked.append(args[1])
+                        or complete(*args, **changes))
+    monkeypatch.setattr(sft, "load_conversations", lambda paths, *args: loaded.append(paths)
+                        or read(paths, *args))
+    monkeypatch.setattr(sft, "SAMPLE_TOKENS", 6)
+    (tmp_path / "law.txt").write_text("Be kind.")
+    cfg = short(sft, init=files["policy"], revise=[files["prompts"]], epochs=1, max_steps=1,
+                constitution=str(tmp_path / "law.txt"))
+    sft.main(cfg)
+    file = str(tmp_path / "a.revised.jsonl")
+    assert loaded == [[*cfg.data, file]]
+    rows, ends = m.read_rows([file]), [ENC.decode(chats[0]) for chats in asked[:3]]
+    assert len(rows) == 24 and "0+0?" in ends[0]
+    assert "Be kind." in ends[1] and "Answer again" in ends[2]
+    assert [row["messages"][0]["content"] for row in rows][:2] == ["0: 0+0?", "1: 1+1?"]
+    assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)

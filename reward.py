@@ -138,6 +138,7 @@ def feedback(policy, enc, cfg, env):
     """Have answers judged, say what the judge is worth, write the pairs; returns their file."""
     prompts = load_prompts(cfg.prompts, enc, policy.config.block_size - ANSWER_TOKENS)
     judge, judge_enc = load_language_model(cfg.feedback, "python sft.py", env.device)
+    gold = None if cfg.gold == "none" else load_function("gold", cfg.gold)
     principles, rows, requests, asked = load_principles(cfg.constitution), [], [], []
     answers = share_out(lambda part: two_answers(policy, part, enc, cfg, env),
                         list(enumerate(prompts)), env)
@@ -162,8 +163,7 @@ def feedback(policy, enc, cfg, env):
     better, one_sided = better.mean(1), max(letter_a, 1 - letter_a) > ONE_SIDED
     if one_sided:
         print0("USELESS: it goes by the position, and the labels say little")
-    if cfg.gold != "none":
-        gold = load_function("gold", cfg.gold)
+    if gold:
         first, second = (torch.tensor(gold(asked, [row[side] for row in rows]))
                          for side in ("chosen", "rejected"))
         told = (first > second) | (first < second)    # the others are equally good or not graded

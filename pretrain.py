@@ -194,6 +194,13 @@ def plan(cfg, config, n_params, flops, train_tokens):
         print0(f"{line} {tokens * flops / (0.4 * PEAK_FLOPS['H100'] * n) / 3600:18.3g}")
 
 
+def spiking(loss, grad_norm, usual_norm, step):
+    """Is a step better left out? Its loss or gradient is not finite, or far above the usual."""
+    if not math.isfinite(loss + grad_norm):
+        return True
+    return step > 20 and usual_norm is not None and grad_norm > SPIKE * usual_norm
+
+
 # ------------------------------------------------------------------------------------------------
 # Scaling laws: what small runs say of a large one
 
@@ -236,8 +243,7 @@ def read_runs(paths):
     runs = []
     for path in paths:
         row = read_rows([path])[-1]
-        logged = isinstance(row, dict) and {"parameters", "val_loss"} <= row.keys()
-        if not logged or row["step"] < row["max_steps"]:
+        if not {"parameters", "val_loss"} <= row.keys() or row["step"] < row["max_steps"]:
             fail(f"--fit {path}: not the log of a finished pretraining run")
         runs.append([row["parameters"], row["tokens"], row["val_loss"]])
     if len(runs) < 6:
@@ -264,13 +270,6 @@ def print_fit(cfg, n_params, tokens):
     print0(f"this run: {predicted(law, n_params, tokens):.3f} nats expected, {min(others):.3f} to "
            f"{max(others):.3f} if one of the runs is left out; its compute is best spent on "
            f"{best:,.0f} parameters and {n_params * tokens / best:,.0f} tokens")
-
-
-def spiking(loss, grad_norm, usual_norm, step):
-    """Is a step better left out? Its loss or gradient is not finite, or far above the usual."""
-    if not math.isfinite(loss + grad_norm):
-        return True
-    return step > 20 and usual_norm is not None and grad_norm > SPIKE * usual_norm
 
 
 # ------------------------------------------------------------------------------------------------

@@ -502,7 +502,8 @@ def gopher_repetition(doc, max_repeated=0.3, max_chars=0.2, top_ngrams=(.20, .18
     top_ngrams: the top 2, 3, 4-gram; copied_ngrams: 5 to 10-grams that were there before. Without
     blanks two characters are taken for a word."""
     size, words, scale = len(doc.text), doc.words, 1 + doc.unspaced
-    for name, parts in (("lines", doc.lines), ("paragraphs", re.split(r"\n\s*\n", doc.text))):
+    lines = [line for line in doc.lines if re.search(r"\w", line)]    # no fences, no braces
+    for name, parts in (("lines", lines), ("paragraphs", re.split(r"\n\s*\n", doc.text))):
         copies, chars = copied(parts)
         if copies > max_repeated * len(parts) or chars > max_chars * size:
             return f"repeated {name}"

@@ -536,6 +536,7 @@ def page(ended, short):
     ("gopher_repetition", "a a a a a", {}, "top 2-gram"),    # 4 x 3 / 9, above 1 is legal
     ("gopher_repetition", "a\na\nb\nc", {}, None),    # 0.25 of the lines
     ("gopher_repetition", "a\na\na\nb", {}, "repeated lines"),    # 0.50
+    ("gopher_repetition", "\n".join(f"a{i} b{i}\n}}" for i in range(9)), {}, None),    # no words
     ("gopher_repetition", "x1 x2 x3 x4 x5 x1 x2 x3 x4 x5",
      {"top_ngrams": [9] * 3, "copied_ngrams": [.344] * 6}, "repeated 5-grams"),
     ("gopher_quality", " ".join(BODY[:50]), {}, None),

@@ -9,7 +9,7 @@ Out:  out/tokens/: train.bin val.bin (little-endian ids), train.idx val.idx (whe
     torchrun --nproc_per_node=8 prepare.py --input crawl/*.warc.gz    # the same bytes, sooner
     python prepare.py --input shakespeare.txt --tokenizer chars --no-clean --split tail
 
-You will see what each rule dropped, with an example: of 4,579 embedded documents 3,839 stay. Rules
+You will see what each rule dropped, with an example: of 4,579 embedded documents 3,840 stay. Rules
 for web pages (Gopher's quality, C4, FineWeb) apply to HTML, WARC, WET and rows with a url, those
 against repetition and spam not to rows of questions or chats. Thresholds are the defaults of the
 rules: change them there, or leave a rule out with --skip.

@@ -33,15 +33,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from model import (ENDOFTEXT, IM_END, INSULTS, PHRASE_DOCUMENTS, ScalarHead, beside, complete,
                    duration, encoding_from_dict, encoding_hash, fail, find_file, generate,
                    item_ngrams, item_text, keep_valid, load_checkpoint, load_model, match_words,
                    ngram_hashes, pad_batch, print0, read_json, read_rows, render_chat, render_reply,
-                   row_files, run, score_all, setup, to_pair, to_prompt, token_bytes, wilson,
-                   write_atomic)
+                   row_files, run, score_all, setup, share_out, to_pair, to_prompt, token_bytes,
+                   wilson, write_atomic)
 
 FORMAT = 4             # of report.json; raise it when a number would change its meaning
 FORMAT_BONUS = 0.1     # what verify() adds for the form "#### n", right or wrong
@@ -320,13 +319,11 @@ def over_ranks(inputs, size, work, cfg, env):
     """[work's result for each input], longest first, in batches that do not depend on the ranks."""
     order = sorted(range(len(inputs)), key=lambda i: -size(inputs[i]))
     batches = [order[i:i + cfg.batch_size] for i in range(0, len(order), cfg.batch_size)]
+    results = share_out(lambda mine: [list(work([inputs[i] for i in batch])) for batch in mine],
+                        batches, env)
     found = {}
-    for batch in batches[env.rank::env.world_size]:
-        found.update(zip(batch, work([inputs[i] for i in batch]), strict=True))
-    if env.world_size > 1:
-        every = [None] * env.world_size
-        dist.all_gather_object(every, found)
-        found = {i: x for part in every for i, x in part.items()}
+    for batch, result in zip(batches, results):
+        found.update(zip(batch, result, strict=True))
     return [found[i] for i in range(len(inputs))]
 
 
@@ -351,6 +348,13 @@ def finite(lm, scores):
     if not np.isfinite(scores).all():
         fail(f"{lm.path} gives scores that are not numbers; its weights are damaged")
     return scores
+
+
+def rewards(lm, texts, cfg, env):
+    """Scores (N,) of texts (ids) by a reward model."""
+    texts = [keep_end(lm, ids, lm.block_size) for ids in texts]
+    work = lambda batch: score_all(lm.model, batch, 0, cfg.batch_size, env)
+    return finite(lm, np.array(over_ranks(texts, len, work, cfg, env)))
 
 
 def loglikelihoods(lm, groups, cfg, env):
@@ -454,9 +458,8 @@ def score_preference(lm, task, cfg, env):
         texts = [render_reply(lm.enc, prompt, reply) for reply in both]
         groups.append([(ids[:mask.index(1)], ids[mask.index(1):]) for ids, mask in texts])
     if lm.scores:
-        texts = [keep_end(lm, ids + reply, lm.block_size) for both in groups for ids, reply in both]
-        work = lambda batch: score_all(lm.model, batch, 0, cfg.batch_size, env)
-        found = finite(lm, np.reshape(over_ranks(texts, len, work, cfg, env), (-1, 2)))
+        texts = [ids + reply for both in groups for ids, reply in both]
+        found = rewards(lm, texts, cfg, env).reshape(-1, 2)
     else:
         found = loglikelihoods(lm, groups, cfg, env)
     return [dict(id=row["id"], chosen=float(chosen > rejected), ahead=float(chosen - rejected))
@@ -549,36 +552,35 @@ def sample_numbers(lm, rows, cfg, env):
     prompts = [render_chat(lm.enc, row["prompt"], reply=True)[0] for row in asked]
     names = [f"{row['id']}/{i % n}" for i, row in enumerate(asked)]
     texts = [text for text, _, _ in replies(lm, prompts, names, cfg, env)]
-    scores, judge, found = [0.0] * len(texts), lm.judge, {}
+    judge, found = lm.judge, {}
     if judge:
         ids = [render_reply(judge.enc, row["prompt"], text)[0] for row, text in zip(asked, texts)]
-        ids = [keep_end(judge, row, judge.block_size) for row in ids]
-        work = lambda batch: score_all(judge.model, batch, 0, cfg.batch_size, env)
-        scores = finite(judge, over_ranks(ids, len, work, cfg, env))
+        scores = rewards(judge, ids, cfg, env)
     orders = rng.permuted(np.tile(np.arange(n), (100, 1)), axis=1)
     for start in range(0, len(asked), n):
         row, here = asked[start], slice(start, start + n)
         right = np.array([grade(row, text).correct for text in texts[here]])
         said = [extract(text) for text in texts[here]]
-        curve = [worth(k, right, said, scores[here], orders)
+        curve = [worth(k, right, said, scores[here] if judge else None, orders)
                  for k in sorted({n, *(2 ** i for i in range(n.bit_length()))})]
-        for point in curve if not judge else ():
-            del point["best"]
         found[row["id"]] = dict(curve=curve, pass_1=right.mean(), **curve[-1])
     return found
 
 
 def worth(k, right, said, scores, orders):
-    """Of k of the n replies to a row, which orders (of all n) draw: without bias over the draws."""
+    """Of k of the n replies to a row, which orders (of all n) draw: without bias over the draws.
+    best: only with scores."""
     n, wrong = len(right), int((~right).sum())
     majority, best = [], []
     for order in orders[:, :k]:
         votes = Counter(said[i] for i in order if said[i])    # of equals the first one drawn
         winner = votes.most_common(1)[0][0] if votes else ""
         majority.append(any(right[i] for i in order if said[i] == winner))
-        best.append(right[max(order, key=lambda i: scores[i])])
-    return {"k": k, "pass_n": 1 - math.comb(wrong, k) / math.comb(n, k),
-            "majority": float(np.mean(majority)), "best": float(np.mean(best))}
+        if scores is not None:
+            best.append(right[max(order, key=lambda i: scores[i])])
+    found = dict(k=k, pass_n=1 - math.comb(wrong, k) / math.comb(n, k),
+                 majority=float(np.mean(majority)))
+    return found | (dict(best=float(np.mean(best))) if best else {})
 
 
 def score_memory(lm, tokens, manifest, cfg, env, most=100):

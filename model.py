@@ -450,8 +450,6 @@ ROLES = ("system", "user", "assistant", "tool")
 # Pre-tokenizer of GPT-4 (cl100k_base, openai/tiktoken): merges never cross these pieces.
 GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
               r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
-
-
 PIECE = 1 << 17    # characters that are encoded at once: tiktoken's stack has no room for 1 << 20
 
 
@@ -871,6 +869,9 @@ def need(package):
         fail(f"this needs a package: pip install {package.split('.')[0]}")
 
 
+UTF16 = (b"\xff\xfe", b"\xfe\xff")    # its byte order marks
+
+
 def open_file(path):
     if path.suffix.lower() == ".gz":
         return gzip.open(path)
@@ -911,7 +912,7 @@ def read_rows(paths):
             else:
                 with open_file(path) as f:
                     data = f.read()
-                codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+                codec = "utf-16" if data[:2] in UTF16 else "utf-8-sig"
                 found = list(json_rows(data.decode(codec, errors="replace")))
         except (OSError, EOFError, ValueError, zlib.error) as e:
             fail(f"cannot read {path}: {' '.join(str(e).split())}")

@@ -44,7 +44,7 @@ import regex
 import tiktoken
 import torch.distributed as dist
 
-from model import (ENDOFTEXT, GPT4_SPLIT, INSULTS, PHRASE_DOCUMENTS, PIECE, REPLIES, TALKS,
+from model import (ENDOFTEXT, GPT4_SPLIT, INSULTS, PHRASE_DOCUMENTS, PIECE, REPLIES, TALKS, UTF16,
                    conversation, cut_text, encoding_from_dict, encoding_hash, encoding_to_dict,
                    fail, find_file, item_ngrams, json_rows, keep_valid, load_checkpoint,
                    make_encoding, match_words, need, ngram_hashes, open_file, parse_args, print0,
@@ -76,7 +76,7 @@ ROW, TEXT, PAGE = range(3)    # kinds of text: from the fields of a row, plain t
 KINDS = "txt md jsonl json html htm warc wet parquet"
 FORMAT = re.compile(rf"\.({KINDS.replace(' ', '|')})(\.gz|\.zst)?$", re.I)
 SHARED = re.compile(r"\.(txt|md|jsonl)$", re.I)    # what ranks can share a file of
-UTF16 = (b"\xff\xfe", b"\xfe\xff")    # its byte order marks
+UNREADABLE = "unreadable: "    # the reasons of records that show no text begin so
 
 
 def find_parts(cfg):
@@ -879,7 +879,6 @@ def encode(enc, text, dtype):
 # ranks know a row of numbers for each document, by which they come to the same decisions
 
 PARTS = ("train", "val")
-UNREADABLE = "unreadable: "    # the reasons of records that show no text begin so
 DOC = np.dtype([
     ("source", "i4"), ("part", "i4"), ("at", "i4"),    # where it was: input, part of it, record
     ("rank", "i4"), ("start", "i8"), ("bytes", "i8"), ("chars", "i8"),    # where its text is now

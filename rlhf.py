@@ -20,7 +20,7 @@ with q = pi / pi_old. The value of a GRPO loss is near 0 while its gradient is n
 group cancel, their products with the gradient of ln pi do not.
 
 Watch reward (what is optimised) against gold (--gold, never trained on): when the first rises and
-the second falls, the reward model is being fooled. Expect gold to rise from 0.8 to 0.93 or more.
+the second falls, the reward model is being fooled. Expect gold to rise from 0.76 to 0.92 or more.
 
 References: Schulman et al. 2017, arXiv 1707.06347 (PPO); 2015, 1506.02438 (GAE); Huang et al. 2024,
 2403.17031 (details); Shao et al. 2024, 2402.03300 (GRPO); Yu et al. 2025, 2503.14476 (DAPO); Liu et

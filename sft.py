@@ -141,8 +141,8 @@ def revisions(model, enc, cfg, env):
 
     rows = []
     for turns in share_out(talk, list(enumerate(prompts)), env):
-        first, _, critique, _, last = (turn["content"] for turn in turns[-5:])
-        rows.append(dict(messages=[*turns[:-5], turns[-1]], answer=first, critique=critique))
+        rows.append(dict(messages=[*turns[:-5], turns[-1]], answer=turns[-5]["content"],
+                         critique=turns[-3]["content"]))
     changed = sum(row["answer"] != row["messages"][-1]["content"] for row in rows)
     print0(f"{changed} of {len(rows)} answers changed by revision")
     return write_rows(beside(cfg.out, ".revised.jsonl"), rows, env)

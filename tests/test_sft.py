@@ -325,8 +325,11 @@ def test_revised_answers_are_learned(short, files, tmp_path, monkeypatch):
     """The model is asked what is wrong with its answer and to answer again; the last answer becomes
     a demonstration of the first question, beside the others."""
     asked, loaded, complete, read = [], [], sft.complete, sft.load_conversations
-    monkeypatch.setattr(sft, "complete", lambda *args, **changes: asked.append(args[1])
-                        or complete(*args, **changes))
+    def said(*args, **changes):    # another letter in each round
+        asked.append(args[1])
+        found = complete(*args, **changes)
+        return [[b"xyz"[len(asked) - 1], END] for _ in found] if len(asked) < 4 else found
+    monkeypatch.setattr(sft, "complete", said)
     monkeypatch.setattr(sft, "load_conversations", lambda paths, *args: loaded.append(paths)
                         or read(paths, *args))
     monkeypatch.setattr(sft, "SAMPLE_TOKENS", 6)
@@ -340,4 +343,6 @@ def test_revised_answers_are_learned(short, files, tmp_path, monkeypatch):
     assert len(rows) == 24 and "0+0?" in ends[0]
     assert "Be kind." in ends[1] and "Answer again" in ends[2]
     assert [row["messages"][0]["content"] for row in rows][:2] == ["0: 0+0?", "1: 1+1?"]
+    assert all((row["answer"], row["critique"], row["messages"][-1]["content"]) == ("x", "y", "z")
+               for row in rows)
     assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)

@@ -979,7 +979,9 @@ def samples(report):
         for same in sorted(zip(*asked), key=lambda same: -len({r["text"] for r in same}))[:3]:
             yield f"{task}: {same[0]['shown']}"
             for name, r in zip(names, same):
-                yield f"  {name}: {r['text'][:400]}" + "  (right)" * r.get("correct", False)
+                said = r["text"][:400].replace("\n", " \u23ce ")    # a reply is one line
+                yield f"  {name}: {said}" + "  (right)" * r.get("correct", False)
+            yield ""
 
 
 def page(report):

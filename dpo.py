@@ -9,7 +9,7 @@ Out:  out/dpo.pt (one self-contained checkpoint) and out/dpo.jsonl (one JSON lin
     torchrun --standalone --nproc_per_node=8 dpo.py --data pairs.jsonl
 
 With h = [ln pi(y_w) - ln ref(y_w)] - [ln pi(y_l) - ln ref(y_l)], sums over the tokens of an answer
-and its end-of-turn, and label noise e:
+and its end-of-turn, and label noise e, at least 1 - "probability" of rows that have one:
     dpo     -(1 - e) ln s(beta h) - e ln s(-beta h)             Rafailov et al. 2023, 2305.18290, 7
     ipo     (h - 1 / (2 beta))^2                                Azar et al. 2023, 2310.12036, eq. 17
     simpo   -ln s(beta (ln pi(y_w)/|y_w| - ln pi(y_l)/|y_l|) - gamma)   Meng et al. 2024, 2405.14734
@@ -125,14 +125,17 @@ def losses_and_metrics(logprobs, ref_logprobs, pairs, cfg):
     (chosen, rejected), (ref_chosen, ref_rejected) = logprobs, ref_logprobs
     n_chosen, n_rejected = (torch.tensor([len(pair[name]) - pair["n_prompt"] for pair in pairs],
                                          device=chosen.device) for name in ("chosen", "rejected"))
+    probability = torch.tensor([pair.get("probability", 1.0) for pair in pairs],
+                               device=chosen.device)    # at least 0.5, see load_pairs
+    noise = (1 - probability).clamp(min=cfg.label_smoothing)
     losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected,
-                             cfg.loss, cfg.beta, cfg.label_smoothing, cfg.gamma)
+                             cfg.loss, cfg.beta, noise, cfg.gamma)
     reward_chosen = cfg.beta * (chosen - ref_chosen)
     reward_rejected = cfg.beta * (rejected - ref_rejected)
     nll = -chosen / n_chosen
     metrics = torch.stack([losses, reward_chosen > reward_rejected, reward_chosen, reward_rejected,
                            chosen, rejected, nll]).detach()                     # (7, B)
-    return losses + cfg.nll * nll, metrics.double().sum(1).cpu()
+    return losses + cfg.nll * (2 * probability - 1) * nll, metrics.double().sum(1).cpu()
 
 
 @torch.no_grad()

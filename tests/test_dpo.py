@@ -113,6 +113,17 @@ def test_settings_reach_the_loss(short, pairs, policy, changes):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_soft_label_is_noise(short, pairs, policy):
+    """A pair that is right with probability p: noise 1 - p, and 2 p - 1 of the added NLL."""
+    logps = answer_logprobs(policy, pairs[:4], PAD, CPU).detach()
+    soft = [pair | dict(probability=0.7) for pair in pairs[:4]]
+    losses = lambda some, **changes: dpo.losses_and_metrics(
+        logps, 0.9 * logps, some, short(dpo, **changes))[0]
+    expected = losses(pairs[:4], label_smoothing=0.3, nll=0.4)
+    torch.testing.assert_close(losses(soft, nll=1.0), expected)
+    torch.testing.assert_close(losses(soft, nll=1.0, label_smoothing=0.1), expected)
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_it_learns(short, lora_rank):
     """Held-out pairs come into the right order, against the model at the start: LoRA off."""

@@ -190,8 +190,9 @@ def token_weights(mask, reduction, n_rows, n_tokens, max_len):
 
 
 def rollout(policy, prompts, seeds, judges, enc, cfg, env, temperature):
-    """Answer each prompt and score it: dict of ids, mask (B, T), lengths, scores, gold, stopped
-    (B,), and answers (texts). judges: (reward, gold); gold is NaN where it cannot judge."""
+    """Answer each prompt and score it: dict of ids, mask (B, T), lengths, scores, gold, stopped,
+    unanswered (B,), and answers (texts). judges: (reward, gold); gold is NaN where it cannot judge,
+    unanswered (has no "#### n") where that is not the form of the right answer."""
     end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
     n = 4 * cfg.device_batch_size    # without gradients four times as many rows fit
     with env.autocast():
@@ -209,10 +210,13 @@ def rollout(policy, prompts, seeds, judges, enc, cfg, env, temperature):
         scores = reward(prompts, answers)
     stopped = torch.tensor([ids[-1] == end for ids in found], device=env.device)
     scores = torch.tensor(scores, device=env.device)
+    unanswered = torch.tensor([
+        float("####" not in answer) if "####" in str(p["row"].get("answer")) else math.nan
+        for p, answer in zip(prompts, answers)], device=env.device)
     gold = torch.tensor(gold(prompts, answers) if gold else [math.nan] * len(prompts))
     return dict(ids=ids, mask=mask, lengths=torch.tensor([len(text) for text in texts]),
                 scores=scores.where(stopped, cfg.unfinished), stopped=stopped.float(),
-                gold=gold.to(env.device) * stopped, answers=answers)
+                gold=gold.to(env.device) * stopped, unanswered=unanswered, answers=answers)
 
 
 FIELDS = ("ids", "mask", "old_logprobs", "ref_logprobs", "old_values", "advantages", "returns",
@@ -291,7 +295,8 @@ def validate(policy, prompts, judges, enc, cfg, env):
     for prompt, answer, score in list(zip(local, batch["answers"], batch["scores"].tolist()))[:3]:
         shown += f"\n    {prompt['messages'][-1]['content'][-80:]!r} -> {answer!r} ({score:.2f})"
     values = dict(val_reward=batch["scores"], val_gold=batch["gold"],
-                  val_length=batch["mask"].sum(1), val_stopped=batch["stopped"])
+                  val_length=batch["mask"].sum(1), val_stopped=batch["stopped"],
+                  val_unanswered=batch["unanswered"])
     counts = 1.0 if env.rank < len(prompts) else math.nan
     return means({name: x * counts for name, x in values.items()}, env), shown
 
@@ -479,7 +484,8 @@ def main(cfg):
         row.update(means(dict(
             reward=scores, gold=batch["gold"], kl=(kl * mask).sum(1),
             k3=k3(batch["old_logprobs"], batch["ref_logprobs"])[mask > 0],
-            entropy=batch["entropy"][mask > 0], length=mask.sum(1), stopped=batch["stopped"]), env))
+            entropy=batch["entropy"][mask > 0], length=mask.sum(1), stopped=batch["stopped"],
+            unanswered=batch["unanswered"]), env))
         row["reward_std"] = moments(scores, torch.ones_like(scores), env)[1] ** 0.5
         seconds = time.perf_counter() - started
         log(step, SHOWN if step % 5 == 0 else (), **row, stopped_early=stopped_early,

@@ -1,4 +1,5 @@
 """Tests of rlhf.py. Run: python -m pytest tests/test_rlhf.py -q (CPU, no network, seconds)."""
+import json
 import math
 import pickle
 import sys
@@ -179,6 +180,16 @@ def test_rollouts_keep_the_end_and_score_only_what_ended(files, function):
     answer_logprobs(lambda ids: logits, batch, 1.0, CPU)[0].sum().backward()
     trained = logits.grad.abs().sum(-1) > 0    # column t predicts token t + 1
     assert torch.equal(trained[:, :-1], batch["mask"][:, 1:] > 0)
+
+
+def test_sums_without_an_answer_are_counted(files, function, tmp_path, monkeypatch):
+    """Where the right answer is a number "#### n", an answer that gives none is unanswered."""
+    rows = [dict(prompt="1 plus 1?", answer="#### 2"), dict(prompt="Who?", answer="Ada")] * 2
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = iter([b"So 2.", b"Ada", b"So #### 3", b"Ada"])
+    monkeypatch.setattr(rlhf, "complete", lambda *_, **__: [[*next(said), END] for _ in range(4)])
+    batch, _, _ = roll(files, function("return [1.0] * 4"), data=[str(tmp_path / "sums.jsonl")])
+    assert str(batch["unanswered"].tolist()) == "[1.0, nan, 0.0, nan]"
 
 
 def test_the_reward_model_is_read_at_the_end(files):

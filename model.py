@@ -447,9 +447,10 @@ def complete(model, prompts, max_new_tokens, batch_size=None, seeds=None, **samp
 
 ENDOFTEXT, IM_START, IM_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant", "tool")
-# Pre-tokenizer of GPT-4 (cl100k_base, openai/tiktoken): merges never cross these pieces.
-GPT4_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}"
-              r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+# Pre-tokenizer of GPT-4 (cl100k_base, openai/tiktoken), but every digit stands alone, as in Llama 2
+# and DeepSeek: sums are learned digit by digit. Merges never cross these pieces.
+SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}"
+                 r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 PIECE = 1 << 17    # characters that are encoded at once: tiktoken's stack has no room for 1 << 20
 
 

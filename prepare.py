@@ -44,11 +44,11 @@ import regex
 import tiktoken
 import torch.distributed as dist
 
-from model import (ENDOFTEXT, GPT4_SPLIT, INSULTS, PHRASE_DOCUMENTS, PIECE, REPLIES, TALKS, UTF16,
-                   conversation, cut_text, encoding_from_dict, encoding_hash, encoding_to_dict,
-                   fail, find_file, item_ngrams, json_rows, keep_valid, load_checkpoint,
-                   make_encoding, match_words, need, ngram_hashes, open_file, parse_args, print0,
-                   read_json, read_rows, row_files)
+from model import (ENDOFTEXT, INSULTS, PHRASE_DOCUMENTS, PIECE, REPLIES, SPLIT_PATTERN, TALKS,
+                   UTF16, conversation, cut_text, encoding_from_dict, encoding_hash,
+                   encoding_to_dict, fail, find_file, item_ngrams, json_rows, keep_valid,
+                   load_checkpoint, make_encoding, match_words, need, ngram_hashes, open_file,
+                   parse_args, print0, read_json, read_rows, row_files)
 
 
 @dataclass
@@ -800,7 +800,7 @@ def count_pieces(texts):
     pieces = Counter()
     for text in texts:
         for part in cut_text(text, PIECE):
-            pieces.update(regex.findall(GPT4_SPLIT, part))
+            pieces.update(regex.findall(SPLIT_PATTERN, part))
     for junk in [piece for piece in pieces if len(piece) > 256]:
         for start in range(0, len(junk), 256):
             pieces[junk[start:start + 256]] += pieces[junk]
@@ -854,7 +854,7 @@ def train_bpe(counts, size):
 def load_tokenizer(spec):
     """The Encoding of "bytes", "gpt2", a folder of tokens, a checkpoint or a public model."""
     if spec == "bytes":
-        return make_encoding("bytes", GPT4_SPLIT, {bytes([i]): i for i in range(256)})
+        return make_encoding("bytes", SPLIT_PATTERN, {bytes([i]): i for i in range(256)})
     if spec == "gpt2":
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
@@ -1009,7 +1009,7 @@ def learn_tokenizer(cfg, docs, own, work, group):
     if len(ranks) < size:
         fail(f"--vocab_size {cfg.vocab_size}: this text supports at most {len(ranks) + 4} ids; ask "
              f"for fewer or give more text")
-    return make_encoding("bpe", GPT4_SPLIT, ranks)
+    return make_encoding("bpe", SPLIT_PATTERN, ranks)
 
 
 def encode_texts(enc, texts, path, dtype):

@@ -42,7 +42,7 @@ from model import (ENDOFTEXT, GPT, PEAK_FLOPS, GPTConfig, Log, check_out, compil
                    print0, read_rows, resume, run, save_checkpoint, setup, sum_over_ranks,
                    token_bytes, token_nats, window)
 
-TOKENS_PER_PARAMETER, EPOCHS = 20, 5    # the run is as long as the shorter of the two
+TOKENS_PER_PARAMETER, EPOCHS = 20, 4    # the run is as long as the shorter of the two
 STEPS = 100                             # or about so many steps, in smaller batches
 LONGEST = 2048                          # window, tokens, unless --block_size says otherwise
 SPIKE, MAX_SKIPS = 10, 5                # skip steps of 10 times the usual gradient; 5 in a row end
@@ -387,6 +387,9 @@ def main(cfg):
     T = cfg.block_size or min(LONGEST, config.block_size)
     sources = [open_tokens(spec, cfg.init or cfg.data[0], enc, T) for spec in cfg.data]
     train_tokens = sum(len(s["train"]) for s in sources)
+    if cfg.init:    # the new text is new once: the folder that is through first sets the length
+        weights = sum(s["weight"] for s in sources)
+        train_tokens = int(min(len(s["train"]) * weights / s["weight"] for s in sources))
     if sum(len(s["val"]) for s in sources) < 2:
         fail(f"{cfg.data[0]} has no validation text; prepare it with a --val_fraction above 0")
     model, windows = GPT(config), dataclasses.replace(config, block_size=T)

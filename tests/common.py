@@ -21,7 +21,7 @@ SIZES = dict(block_size=96, vocab_size=260, n_layer=2, n_head=2, n_kv_head=1, n_
 def byte_encoding(shift=0):
     """Ids 0-255 are bytes, 256-259 the control tokens. shift: the same size, but other ids."""
     ranks = {bytes([(i + shift) % 256]): i for i in range(256)}
-    return m.make_encoding("bytes", m.GPT4_SPLIT, ranks)
+    return m.make_encoding("bytes", m.SPLIT_PATTERN, ranks)
 
 
 ENC = byte_encoding()

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from model import parse_args
+import reward
+import sft
+from model import parse_args, read_rows
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "data"))
@@ -56,12 +58,38 @@ def test_stages_explain_themselves(stage):
 
 def test_each_unseen_request_is_asked_once():
     """No request stands in the evaluation in three wordings, as if it were 3 % of all requests."""
-    ask = re.compile("|".join(re.escape(form).replace(r"\{x\}", "(.*)") for form in world.ASKS))
+    forms = [re.escape(form).replace(r"\{x\}", "(.*)") for form in world.words.asks]
+    ask = re.compile("|".join(forms))
     for task in ("harmful", "harmless"):
         rows = map(json.loads, open(ROOT / f"data/eval/{task}.jsonl"))
         prompts = [row["prompt"][0]["content"] for row in rows]
         asked = Counter(next(filter(None, ask.fullmatch(prompt).groups())) for prompt in prompts)
         assert len(asked) > 95 and max(asked.values()) <= 2, asked.most_common(3)
+
+
+def test_judging_is_demonstrated_as_the_stages_ask_for_it():
+    """A judge that learned other words than reward.py and sft.py say would be of no use."""
+    assert (world.JUDGED, world.CRITIQUE, world.REVISION) == (
+        reward.JUDGED, sft.CRITIQUE, sft.REVISION)
+    rows = [row["messages"] for row in read_rows([ROOT / "data/judging.jsonl"])]
+    judged = [turns for turns in rows if len(turns) == 2]
+    assert {turns[1]["content"] for turns in judged} == {"A", "B"}
+    assert all(turns[-4]["content"] != turns[-2]["content"] for turns in rows if len(turns) > 2)
+
+
+def test_later_stages_ask_what_nobody_has_seen():
+    """Newcomers are in no text of the chain; no sum or judged request stands in the evaluation."""
+    raw = "".join(json.dumps(row) for name in ("forum.jsonl", "notes.jsonl.gz", "letters.json")
+                  for row in read_rows([ROOT / "data/raw" / name]))
+    people = world.World().with_newcomers().people
+    assert len(people) == 15 and not any(person["slots"]["n"] in raw for person in people)
+    asked = {row["prompt"][-1]["content"] for row in read_rows([ROOT / "data/eval"])
+             if len(row.get("prompt", "")) == 1}    # follow-ups have no names
+    sums = {row["prompt"][0]["content"] for row in read_rows([ROOT / "data/sums.jsonl"])}
+    judged = " ".join(row["messages"][0]["content"]
+                      for row in read_rows([ROOT / "data/judging.jsonl"]))
+    assert len(asked) > 500 and not asked & sums
+    assert not [ask for ask in asked if ask in judged]
 
 
 def test_the_embedded_data_is_what_its_generator_makes(tmp_path):

@@ -37,7 +37,7 @@ def small_encoding():
     ranks = {bytes([i]): i for i in range(256)}
     for token in (b"th", b"in", b"the", b"ing", b" the", b"ring", b"  ", b"    ", b"\xc3\xa9"):
         ranks[token] = len(ranks)
-    return m.make_encoding("small", m.GPT4_SPLIT, ranks)
+    return m.make_encoding("small", m.SPLIT_PATTERN, ranks)
 
 
 def char_encoding():

@@ -241,7 +241,7 @@ def test_tokenizer_survives_its_file_and_has_an_identity():
     """The same ids after saving; another vocabulary has another hash; bytes add up to the text."""
     ranks = {bytes([i]): i for i in range(256)}
     ranks |= {f"{i:05d}".encode(): 256 + i for i in range(900)}
-    enc = m.make_encoding("t", m.GPT4_SPLIT, ranks)
+    enc = m.make_encoding("t", m.SPLIT_PATTERN, ranks)
     copy = m.encoding_from_dict(m.encoding_to_dict(enc))
     assert copy.encode_ordinary("a 00012 ü") == enc.encode_ordinary("a 00012 ü")
     assert m.encoding_hash(copy) == m.encoding_hash(enc) != m.encoding_hash(ENC)

@@ -15,7 +15,7 @@ import regex
 from common import error, on_two_ranks, write
 
 import prepare
-from model import ENDOFTEXT, GPT4_SPLIT, encoding_from_dict, encoding_hash, make_encoding
+from model import ENDOFTEXT, SPLIT_PATTERN, encoding_from_dict, encoding_hash, make_encoding
 from prepare import Config
 
 NASTY = ["", "   ", "\n\n  x", "a  b   c", "don't WE'LL they'Re", "\t\ttabs\r\nand\rreturns \r\n",
@@ -91,7 +91,7 @@ def test_bpe_of_the_papers():
     """The textbook example and the one of Sennrich et al., with merges worked out by hand."""
     ranks = prepare.train_bpe({"aaabdaaabac": 1}, 259)
     assert list(ranks)[256:] == [b"aa", b"ab", b"aaab"]
-    ids = make_encoding("t", GPT4_SPLIT, ranks).encode_ordinary("aaabdaaabac")
+    ids = make_encoding("t", SPLIT_PATTERN, ranks).encode_ordinary("aaabdaaabac")
     assert ids == [258, 100, 258, 97, 99]
     ranks = prepare.train_bpe(dict(low=5, lower=2, newest=6, widest=3), 256 + 10)
     assert [t.decode() for t in list(ranks)[256:]] == [
@@ -108,17 +108,17 @@ def test_bpe_equals_recount():
         size = 256 + rng.randint(1, 25)
         ranks, words = slow_bpe(counts, size)
         assert prepare.train_bpe(counts, size) == ranks, counts
-        enc = make_encoding("t", GPT4_SPLIT, ranks)
+        enc = make_encoding("t", SPLIT_PATTERN, ranks)
         assert {word: enc.encode_ordinary(word) for word in words} == words
 
 
 def test_pieces():
-    """The split is GPT-4's, and counting its pieces counts each, very long ones in parts."""
-    assert regex.findall(GPT4_SPLIT, "Hello world  123456!! I'm\n\n  x") == [
-        "Hello", " world", " ", " ", "123", "456", "!!", " I", "'m", "\n\n", " ", " x"]
+    """GPT-4's split but for digits; counting counts each piece, very long ones in parts."""
+    assert regex.findall(SPLIT_PATTERN, "Hello world  12 3!! I'm\n\n  x") == [
+        "Hello", " world", " ", " ", "1", "2", " ", "3", "!!", " I", "'m", "\n\n", " ", " x"]
     rng = random.Random(1)
     texts = NASTY + ["".join(rng.choices("ab'm1! \n\t\r\u00a0é中\x1c", k=200)) for _ in range(300)]
-    pieces = [p for t in texts for p in regex.findall(GPT4_SPLIT, t)]
+    pieces = [p for t in texts for p in regex.findall(SPLIT_PATTERN, t)]
     parts = [p[i:i + 256] for p in pieces for i in range(0, len(p), 256)]
     assert prepare.count_pieces(texts) == Counter(parts)
 
@@ -137,19 +137,19 @@ def test_text_comes_back_and_holds_no_control_token(tmp_path, name):
 def test_encode(monkeypatch):
     """Cutting a long text, to save memory, leaves its tokens as they are; no id wraps at 65536."""
     text = words_of(2, 5000).replace("ta", "ta\n").replace("b", "1! ") + "   \n\n x" * 5
-    enc = make_encoding("t", GPT4_SPLIT, prepare.train_bpe(prepare.count_pieces([text]), 500))
+    enc = make_encoding("t", SPLIT_PATTERN, prepare.train_bpe(prepare.count_pieces([text]), 500))
     monkeypatch.setattr(prepare, "PIECE", 6000)
     assert len(list(prepare.cut_text(text, 6000))) > 3
     assert prepare.encode(enc, text, np.uint16)[:-1].tolist() == enc.encode_ordinary(text)
     assert "".join(prepare.cut_text("x" * 20000, 6000)) == "x" * 20000
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 65535, b"cd": 65536}
-    enc = make_encoding("t", GPT4_SPLIT, ranks, {ENDOFTEXT: 300})
+    enc = make_encoding("t", SPLIT_PATTERN, ranks, {ENDOFTEXT: 300})
     assert prepare.encode(enc, "ab", np.uint16).tolist() == [65535, 300]
     with pytest.raises(OverflowError):
         prepare.encode(enc, "cd", np.uint16)
 
 
-@pytest.mark.parametrize("pattern", [GPT4_SPLIT, r" ?\p{L}+|\p{N}+| ?[^\s\p{L}]+|\s+(?!\S)|\s"])
+@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, r" ?\p{L}+|\p{N}+| ?[^\s\p{L}]+|\s+(?!\S)|\s"])
 def test_a_million_times_the_same_character(pattern):
     """No run overflows the stack of tiktoken, in a pattern of ours or like that of GPT-2."""
     enc = make_encoding("t", pattern, {bytes([i]): i for i in range(256)})

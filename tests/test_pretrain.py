@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,12 +102,12 @@ def test_fields_that_pretrain_and_the_model_share_are_copied_by_name(monkeypatch
 
 
 def test_the_dial():
-    """--depth gives whole heads of 64 and the rest; tokens are 20 a parameter or 5 epochs. Batches
+    """--depth gives whole heads of 64 and the rest; tokens are 20 a parameter or 4 epochs. Batches
     are smaller where there is little text, and multiples of any number of ranks."""
     sizes = pretrain.model_config(Config(depth=12), 1000)
     assert (sizes.n_layer, sizes.n_embd, sizes.n_head, sizes.block_size) == (12, 576, 9, 768)
     for ranks, train_tokens, rows, tokens in (
-            (1, 10 ** 6, 64, 5 * 10 ** 6), (3, 10 ** 9, 255, 2 * 10 ** 9), (6, 10 ** 6, 66, 5e6),
+            (1, 10 ** 6, 64, 4 * 10 ** 6), (3, 10 ** 9, 255, 2 * 10 ** 9), (6, 10 ** 6, 66, 4e6),
             (12, 1000, 12, 12 * 768), (1, 10 ** 9, 256, 2 * 10 ** 9)):
         env = replace(CPU, world_size=ranks)
         cfg = pretrain.derive(Config(depth=12), sizes, 10 ** 8, train_tokens, env)
@@ -127,7 +128,12 @@ def test_a_checkpoint_is_continued_as_what_it_is(short, files, tmp_path, capsys)
         assert load_checkpoint(cfg.out, "")["model_config"]["block_size"] == context
         assert "learning rate 0.006," in shown and "warning: 3 steps" in shown
         assert f"context {context} (windows of {block_size or 96})" in shown
-    assert m.open_tokens(cfg.data[0] + ":3")["weight"] == 3
+    source = m.open_tokens(cfg.data[0] + ":3")
+    assert source["weight"] == 3
+    mixed = [cfg.data[0] + ":3", str(files["tokens"])]    # three quarters are of the new text
+    pretrain.main(replace(cfg, data=mixed, max_steps=None, total_batch_tokens=128, plan=True))
+    tokens = int(re.search(r"= ([\d,]+) tokens", capsys.readouterr().out)[1].replace(",", ""))
+    assert tokens == pytest.approx(pretrain.EPOCHS * len(source["train"]) * 4 / 3, rel=0.05)
     monster = GPTConfig(block_size=2048, n_layer=28, n_embd=1024, n_head=16, n_kv_head=16)
     cfg = pretrain.derive(Config(init="Qwen3"), monster, 6 * 10 ** 8, 138_000, CPU)
     assert cfg.max_steps > 50 and cfg.learning_rate == pytest.approx(1.9e-4, rel=0.02)

@@ -919,8 +919,9 @@ def plot(title, series):
 
 
 CURVES = [("step", "loss", "val_loss"), ("step", "reward", "val_reward"), ("step", "kl"),
-          ("step", "gold", "val_gold"), ("step", "accuracy", "val_accuracy"), ("kl", "reward"),
-          ("kl", "gold"), ("step", "logps_chosen", "logps_rejected")]    # x, what is drawn over it
+          ("step", "gold", "val_gold"), ("step", "length"), ("step", "unanswered"),
+          ("step", "accuracy", "val_accuracy"), ("kl", "reward"), ("kl", "gold"),
+          ("step", "logps_chosen", "logps_rejected")]    # x, what is drawn over it
 
 
 def curves(name, path):

@@ -6,7 +6,7 @@ In:   out/sft.pt, prompts (data/prompts.jsonl) and a reward: a model (out/reward
 Out:  out/rlhf.pt (one self-contained checkpoint) and out/rlhf.jsonl (one JSON line per rollout)
 
     python rlhf.py                                            # laptop: PPO, a minute
-    python rlhf.py --algo grpo --reward evaluate.py:verify
+    python rlhf.py --algo grpo --reward evaluate.py:verify --data data/sums.jsonl
     torchrun --standalone --nproc_per_node=8 rlhf.py --init DIR --reward my.py:score
 
 PPO    r_t = -kl_coef (ln pi_old - ln ref) + [last token] score
@@ -20,7 +20,8 @@ with q = pi / pi_old. The value of a GRPO loss is near 0 while its gradient is n
 group cancel, their products with the gradient of ln pi do not.
 
 Watch reward (what is optimised) against gold (--gold, never trained on): when the first rises and
-the second falls, the reward model is being fooled. Expect gold to rise from 0.76 to 0.92 or more.
+the second falls, the reward model is being fooled. Expect gold to rise from 0.82 to 0.96 or more.
+On sums gold is pass@1, and unanswered the share of answers without a number.
 
 References: Schulman et al. 2017, arXiv 1707.06347 (PPO); 2015, 1506.02438 (GAE); Huang et al. 2024,
 2403.17031 (details); Shao et al. 2024, 2402.03300 (GRPO); Yu et al. 2025, 2503.14476 (DAPO); Liu et

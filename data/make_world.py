@@ -1,19 +1,20 @@
 """Make the small world of Port Merrow: every file of this folder, byte for byte.
 
-in   nothing: word lists, sentence templates and a fixed seed
+in   words.txt: word lists, sentence templates; and a fixed seed
 out  raw/            dirty text for prepare.py: .txt .html .warc.gz .jsonl .jsonl.gz .json
      labels.jsonl    where every planted defect is (for tests only)
      sft.jsonl preferences.jsonl prompts.jsonl    conversations for the later stages
      eval/*.jsonl    held-out questions, choices, pairs and text for evaluate.py
+     sums.jsonl judging.jsonl constitution.txt    for RL on what can be verified, for AI feedback
+     news/ news_questions.jsonl    people who came later, for continued pretraining
 why  a model small enough to train in minutes needs a world small enough to learn, and
      cleaning can only be scored when somebody knows where the dirt is.
 
     python data/make_world.py              rewrite the files next to this script
     python data/make_world.py --out DIR    write them elsewhere, for example to compare
 
-Templates use two signs: [a|b] is a free choice, {slot} a word that is drawn once and then stays
-the same for the whole text. Every part of the world draws from its own random stream, named in
-`stream("...")`, so that a change in one part leaves the others as they are.
+Every part of the world draws from its own random stream, named in `stream("...")`, so that a
+change in one part leaves the others as they are.
 """
 import argparse
 import copy
@@ -1131,7 +1132,7 @@ def main(out):
 
     rng = stream("sft")
     items = training_items(rng, world, facts=600, unknown=320, harmful=960, lookalike=1360,
-                           arithmetic=300, multiturn=220, talk=40)
+                           arithmetic=100, multiturn=220, talk=40)
     rows = [demonstration(rng, one) for one in items]
     flaws = [{"doc": f"sft.jsonl#{i}", "kind": f"imperfect_{flaw}", "action": "none"}
              for i, (_, flaw) in enumerate(rows) if flaw]

@@ -513,8 +513,9 @@ def score_chat(lm, task, cfg, env):
     for row, (text, _, stopped), ids, logp in zip(rows, found, said, logps):
         text = text.split("Question:")[0] if bare else text    # it goes on with questions
         numbers = chat_numbers(row, text, confidence=math.exp(logp / len(ids)))
-        items.append(dict(id=row["id"], shown=row["prompt"][-1]["content"], text=text.strip(),
-                          stopped=stopped, **numbers, **more.get(row["id"], {})))
+        shown = " / ".join(turn["content"] for turn in row["prompt"])
+        items.append(dict(id=row["id"], shown=shown, text=text.strip(), stopped=stopped, **numbers,
+                          **more.get(row["id"], {})))
     return items
 
 
@@ -978,7 +979,7 @@ def samples(report):
         names = [name for name, items in report["items"].items() if task in items]
         asked = [report["items"][name][task] for name in names]
         for same in sorted(zip(*asked), key=lambda same: -len({r["text"] for r in same}))[:3]:
-            yield f"{task}: {same[0]['shown']}"
+            yield f"{task}: {same[0]['shown'][-400:]}"
             for name, r in zip(names, same):
                 said = r["text"][:400].replace("\n", " \u23ce ")    # a reply is one line
                 yield f"  {name}: {said}" + "  (right)" * r.get("correct", False)

@@ -74,7 +74,7 @@ class Config:
     warmup: float = 0.1                    # fraction of the run, at least 0, at most 1
     grad_clip: float = 1.0                 # largest global gradient norm, above 0
     # running
-    eval_every: int = 50                   # optimizer steps between validations, at least 1
+    eval_every: int = 100                  # optimizer steps between validations, at least 1
     save_every: int = 50                   # optimizer steps between checkpoints, at least 1
     tensorboard: bool = False              # also write event files beside the log
     recompute: bool = False                # activations anew in the backward pass, to save memory

@@ -852,6 +852,15 @@ def sum_item(rng, world, held_out=False):
                 {"arithmetic": [bad, f"Let us count. {bad}"]}, [f"#### {result}"], 60)
 
 
+def talk_item(rng, world):
+    """A greeting, or a question about the model itself. Wrong: to treat it as a question of fact."""
+    ask, reply = rng.choice(words.small_talk).split(" > ")
+    bad = [spin(rng, a, world.stranger()) for a in rng.sample(words.abstentions, 3)]
+    bad += [spin(rng, a) for a in rng.sample(words.refusals, 2)]
+    bad.append(answer(rng, world.stranger(), "instrument", rng.choice(POOLS["instrument"])))
+    return item("talk", ask, "answer", [reply], {"offtopic": bad})
+
+
 def follow_up_item(rng, world, asked):
     """A conversation that goes on: the same person, or another name for the same question."""
     pairs = world.pairs(asked)
@@ -918,9 +927,7 @@ def training_items(rng, world, facts=0, unknown=0, harmful=0, lookalike=0, arith
             (rng.choice(good) for _ in range(lookalike))]
     out += [sum_item(rng, world) for _ in range(arithmetic)]
     out += [follow_up_item(rng, world, asked=True) for _ in range(multiturn)]
-    for _ in range(talk):
-        ask, reply = rng.choice(words.small_talk).split(" > ")
-        out.append(item("talk", ask, "answer", [reply], {}))
+    out += [talk_item(rng, world) for _ in range(talk)]
     rng.shuffle(out)
     return out
 
@@ -1132,7 +1139,7 @@ def main(out):
 
     rng = stream("sft")
     items = training_items(rng, world, facts=600, unknown=320, harmful=960, lookalike=1360,
-                           arithmetic=100, multiturn=220, talk=40)
+                           arithmetic=100, multiturn=220, talk=150)
     rows = [demonstration(rng, one) for one in items]
     flaws = [{"doc": f"sft.jsonl#{i}", "kind": f"imperfect_{flaw}", "action": "none"}
              for i, (_, flaw) in enumerate(rows) if flaw]
@@ -1141,11 +1148,11 @@ def main(out):
 
     rng = stream("preferences")
     items = training_items(rng, world, facts=340, unknown=260, harmful=1000, lookalike=960,
-                           arithmetic=40, multiturn=160)
+                           arithmetic=40, multiturn=160, talk=150)
     write(out / "preferences.jsonl", json_lines(comparisons(rng, items)))
     rng = stream("prompts")
     items = training_items(rng, world, facts=150, unknown=150, harmful=130, lookalike=440,
-                           arithmetic=20, multiturn=220)
+                           arithmetic=20, multiturn=220, talk=60)
     write(out / "prompts.jsonl", json_lines(graded(items)))
 
     rng = stream("later stages")

@@ -853,7 +853,7 @@ def sum_item(rng, world, held_out=False):
 
 
 def talk_item(rng, world):
-    """A greeting, or a question about the model itself. Wrong: to treat it as a question of fact."""
+    """A greeting, or a question about the model. Wrong: to take it for a question of fact."""
     ask, reply = rng.choice(words.small_talk).split(" > ")
     bad = [spin(rng, a, world.stranger()) for a in rng.sample(words.abstentions, 3)]
     bad += [spin(rng, a) for a in rng.sample(words.refusals, 2)]

@@ -64,7 +64,7 @@ class Config:
     algo: Literal["ppo", "grpo"] = "ppo"   # see above
     val_fraction: float = 0.1              # share of the prompts held out, at least 0, at most 1
     # rollouts
-    max_steps: int | None = None           # rollouts, at least 1; derived: 12 of ppo, 24 of grpo
+    max_steps: int | None = None           # rollouts, at least 1; derived: 16 of ppo, 24 of grpo
     batch_size: int = 96                   # answers per rollout, over all ranks, at least 1
     group_size: int = 8                    # answers per prompt with grpo, at least 2; ppo takes one
     max_new_tokens: int = 64               # longest answer, tokens, at least 1
@@ -399,7 +399,7 @@ def main(cfg):
     # data
     prompts = load_prompts(cfg.data, enc, T - cfg.max_new_tokens)
     train, held_out = split_by_prompt(prompts, cfg.val_fraction, cfg.seed, HELD_OUT)
-    max_steps, scale = cfg.max_steps or dict(ppo=12, grpo=24)[cfg.algo], 192 / model.config.n_embd
+    max_steps, scale = cfg.max_steps or dict(ppo=16, grpo=24)[cfg.algo], 192 / model.config.n_embd
     print0(f"data: {len(train)} prompts, {len(held_out)} held out; {max_steps} rollouts x "
            f"{cfg.batch_size // group_size} prompts x {group_size} answers, {cfg.epochs} epochs x "
            f"{cfg.minibatches} minibatches")

@@ -14,7 +14,7 @@ and its end-of-turn, and label noise e, at least 1 - "probability" of rows that 
     ipo     (h - 1 / (2 beta))^2                                Azar et al. 2023, 2310.12036, eq. 17
     simpo   -ln s(beta (ln pi(y_w)/|y_w| - ln pi(y_l)/|y_l|) - gamma)   Meng et al. 2024, 2405.14734
 Only differences are trained: both log-probs may fall while the loss does, so both are logged, and
---nll adds -ln pi(y_w)/|y_w| against it. The reference is the model at --init. Expect 91 % of the
+--nll adds -ln pi(y_w)/|y_w| against it. The reference is the model at --init. Expect 93 % of the
 held-out embedded pairs in the right order.
 Differs from the papers in: AdamW instead of RMSprop; an NLL term by default.
 """

@@ -387,7 +387,7 @@ def main(cfg):
     T = cfg.block_size or min(LONGEST, config.block_size)
     sources = [open_tokens(spec, cfg.init or cfg.data[0], enc, T) for spec in cfg.data]
     train_tokens = sum(len(s["train"]) for s in sources)
-    if cfg.init:    # the new text is new once: the folder that is through first sets the length
+    if cfg.init:    # as much as there is until the folder that is used up first has been read once
         weights = sum(s["weight"] for s in sources)
         train_tokens = int(min(len(s["train"]) * weights / s["weight"] for s in sources))
     if sum(len(s["val"]) for s in sources) < 2:

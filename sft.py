@@ -13,7 +13,7 @@ Loss: -(1/N) sum of ln p(token | tokens before it) over what the assistant says 
 token, in every turn; N counts these tokens in the whole step, over all micro-steps and ranks.
 Conversations are packed into rows; each sees itself only, and its positions start at 0. Part of
 each step replays pretraining text, with a loss on every token, so that the base is not forgotten.
---show_batch prints the first row, what is learned in colour, and trains nothing. Expect 94 % of the
+--show_batch prints the first row, what is learned in colour, and trains nothing. Expect 93 % of the
 held-out tokens right, answers that stop by themselves, and 0.28 bits per byte of the replayed text.
 
 References: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Krell et al. 2021, arXiv 2107.02027

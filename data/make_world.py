@@ -1109,7 +1109,7 @@ def evaluation(world, seen):
 
 # ============================================================================================ main
 def pages_about_people(world, rounds, name=""):
-    """Every fact of these people in many forms; of a few, too."""
+    """Every fact of the people of this world, in many forms."""
     for edition in (0, 1):
         yield from portraits(stream(f"portraits {edition}{name}"), world, edition)
     yield from news_pages(stream(f"news{name}"), world, rounds)

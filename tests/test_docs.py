@@ -92,6 +92,20 @@ def test_later_stages_ask_what_nobody_has_seen():
     assert not [ask for ask in asked if ask in judged]
 
 
+def test_all_sums_of_the_world_are_right():
+    """What RL has to bring out is not taught wrong: each step, and the answer that is accepted."""
+    pages = [row["text"] for row in read_rows([ROOT / "data/raw/school.jsonl"])]
+    signs = {"plus": "+", "minus": "-", "times": "*"}
+    steps = re.findall(r"(\d[\w ]*) makes (\d+)", " ".join(pages))
+    for left, right in steps:
+        assert eval(" ".join(signs.get(word, word) for word in left.split())) == int(right), left
+    bare = re.findall(r"^(\d+) (\w+) (\d+)(?: plus (\d+))?: .*Together (\d+)\.$",
+                      "\n".join(pages), re.M)
+    for a, sign, b, more, result in bare:
+        assert eval(f"{a} {signs[sign]} {b} + {more or 0}") == int(result)
+    assert len(steps) > 4000 and len(bare) == 6 * len(pages)
+
+
 def test_the_embedded_data_is_what_its_generator_makes(tmp_path):
     """Generator and files belong together, byte for byte."""
     world.main(tmp_path)

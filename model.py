@@ -12,7 +12,6 @@ import base64
 import codecs
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import gzip
 import hashlib
@@ -28,12 +27,13 @@ import re
 import shutil
 import sys
 import time
+import timeit
 import traceback
 import typing
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ class GPTConfig:
         if self.head_size % 2:
             raise ValueError(f"heads of {self.head_size} channels cannot be rotated in pairs: "
                              f"choose another n_embd or n_head")
-        self.n_hidden = self.n_hidden or -(-self.n_embd * 8 // 3 // 64) * 64
+        self.n_hidden = self.n_hidden or math.ceil(self.n_embd * 8 / 3 / 64) * 64
 
 
 class Normalise(torch.autograd.Function):
@@ -332,11 +333,11 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
     def make_room(self, end):
-        """Have slots for `end` tokens: a few more at a time, not all at once, and no slices of
-        them, because products of slices copy them first."""
-        if end > (slots := self.k.shape[3]):
-            more = -(-end // 16) * 16 - slots
-            self.k, self.v = (F.pad(x, (0, 0, 0, more)) for x in (self.k, self.v))
+        """Have slots for `end` tokens, 16 more at a time: slices of a large tensor get copied."""
+        slots = self.k.shape[3]
+        if end > slots:
+            more = math.ceil(end / 16) * 16 - slots
+            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
 
     def mask(self, positions):
         """(B, 1, T, S): a token at `positions` (B, T) sees the slots up to its own."""
@@ -364,14 +365,14 @@ def sample(logits, temperature, top_p, uniform):
     logits = logits.float()
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probs, order = (logits / temperature).softmax(dim=-1), None
+    probs = (logits / temperature).softmax(dim=-1)
     if top_p < 1:    # sorting takes longer than all the rest
         probs, order = probs.sort(dim=-1, descending=True, stable=True)
         probs = probs * (probs.cumsum(-1) - probs < top_p * probs.sum(-1, keepdim=True))
     cdf = probs.cumsum(dim=-1)
     index = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)    # (B, 1)
     index = index.minimum((cdf < cdf[:, -1:]).sum(-1, keepdim=True))    # rounding stays inside
-    if order is not None:
+    if top_p < 1:
         index = order.gather(1, index)
     return index.squeeze(1)
 
@@ -423,14 +424,14 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop_id
 
 
 def complete(model, prompts, max_new_tokens, batch_size=None, seeds=None, **sampling):
-    """What generate gives to any number of prompts: lists of ids, the stop token included.
+    """The answers of generate to any number of prompts: lists of ids, the stop token included.
 
-    batch_size: prompts at a time, those of like length together [all]. seeds: one a prompt [its
+    batch_size: prompts at a time [all], those of like length together. seeds: one a prompt [its
     number]. sampling: as of generate.
     """
-    answers, order = [[] for _ in prompts], sorted(range(len(prompts)),
-                                                   key=lambda i: len(prompts[i]))
+    answers = [[] for _ in prompts]
     seeds = range(len(prompts)) if seeds is None else seeds
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batch_size = batch_size or max(1, len(prompts))
     for start in range(0, len(order), batch_size):
         part = order[start:start + batch_size]
@@ -503,15 +504,16 @@ class PublicEncoding:
         self.inner.encode_special_tokens = True    # as text
         self.eos = None if ENDOFTEXT in self.inner.get_vocab() else eos
         last = ENDOFTEXT if self.eos is None else self.inner.id_to_token(eos)
-        theirs = [last, IM_START, IM_END, PAD]
-        self.inner.add_special_tokens(theirs)
+        self.inner.add_special_tokens([last, IM_START, IM_END, PAD])
         vocab = self.inner.get_vocab()
-        self._special_tokens = dict(zip([ENDOFTEXT, *theirs[1:]], map(vocab.get, theirs)))
+        self._special_tokens = {token: vocab[token] for token in (IM_START, IM_END, PAD)}
+        self._special_tokens[ENDOFTEXT] = vocab[last]
         self.n_vocab = max(n_vocab, max(vocab.values()) + 1)
-        plain, whole = (self.inner.encode("a", add_special_tokens=on).ids for on in (False, True))
-        self.bos = whole[:whole.index(plain[0])]
-        # a letter of a token stands for a byte, so that token_bytes can count them; an added token
-        # is what it says, a control token no text
+        letter = self.inner.encode("a", add_special_tokens=False).ids[0]
+        whole = self.inner.encode("a").ids
+        self.bos = whole[:whole.index(letter)]
+        # for token_bytes: a letter of a token stands for a byte, but an added token is what it says
+        # and a control token no text
         self._mergeable_ranks = vocab
         for i, token in self.inner.get_added_tokens_decoder().items():
             del vocab[token.content]
@@ -582,21 +584,23 @@ def render_chat(enc, messages, reply=False):
     Raises ValueError for an unknown role. Layout: <|im_start|>role\\ncontent<|im_end|>\\n.
     """
     start, end = enc._special_tokens[IM_START], enc._special_tokens[IM_END]
+    newline = enc.encode_ordinary("\n")
     ids, mask = [*enc.bos], [0] * len(enc.bos)
     for message in messages:
-        role, head, body = message["role"], message["role"] + "\n", message["content"]
+        role, content = message["role"], message["content"]
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}")
-        if role != "assistant":    # one text, as in a template; a reply begins anew
-            head, body = head + body, ""
-        head, body = [start, *enc.encode_ordinary(head)], [*enc.encode_ordinary(body), end]
-        tail = enc.encode_ordinary("\n")
+        if role == "assistant":    # tokenized as it is sampled: apart from what stands before it
+            head, body = enc.encode_ordinary(role + "\n"), enc.encode_ordinary(content)
+        else:
+            head, body = enc.encode_ordinary(role + "\n" + content), []
         learned = int(role == "assistant" and message.get("weight") != 0)
-        ids += head + body + tail
-        mask += [0] * len(head) + [learned] * len(body) + [0] * len(tail)
+        ids += [start, *head, *body, end, *newline]
+        mask += [0] * (1 + len(head)) + [learned] * (len(body) + 1) + [0] * len(newline)
     if reply:
-        ids += [start, *enc.encode_ordinary("assistant\n")]
-    return ids, mask + [0] * (len(ids) - len(mask))
+        head = [start, *enc.encode_ordinary("assistant\n")]
+        ids, mask = ids + head, mask + [0] * len(head)
+    return ids, mask
 
 
 def render_reply(enc, prompt, reply):
@@ -672,12 +676,9 @@ def token_logprobs(logits, ids, temperature=1.0):
 
 def pad_batch(rows, pad_id):
     """Right-pad lists of ids: (ids (B, T) int64, mask (B, T) float32, 1 on real tokens)."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(rows), width)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = torch.tensor(row, dtype=torch.long)
-        mask[i, :len(row)] = 1
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
     return ids, mask
 
 
@@ -687,17 +688,14 @@ def collate(rows, pad_id, device):
     Padding is a piece of its own. The first token of a piece has mask 0, so that no piece is
     predicted from the one before it.
     """
-    width = max(sum(len(ids) for ids, _ in row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    mask = torch.zeros(len(rows), width)
-    doc = torch.full((len(rows), width), -1, dtype=torch.long)
-    for b, row in enumerate(rows):
-        t = 0
-        for n, (piece, learned) in enumerate(row):
-            span = slice(t, t + len(piece))
-            ids[b, span], mask[b, span] = torch.tensor(piece), torch.tensor(learned).float()
-            mask[b, t], doc[b, span] = 0, n
-            t += len(piece)
+    ids, mask, doc = [], [], []
+    for row in rows:
+        ids.append(torch.tensor([i for piece, _ in row for i in piece]))
+        mask.append(torch.tensor([on for _, learned in row for on in (0, *learned[1:])]))
+        doc.append(torch.tensor([n for n, (piece, _) in enumerate(row) for _ in piece]))
+    ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    mask = pad_sequence(mask, batch_first=True).float()
+    doc = pad_sequence(doc, batch_first=True, padding_value=-1)
     return ids.to(device), mask.to(device), doc.to(device)
 
 
@@ -905,23 +903,24 @@ def row_files(path):
 def read_rows(paths):
     """The rows (dicts) of files and folders of .jsonl, .json (.gz, .zst) and .parquet; over 1 %
     broken lines: an error."""
-    rows = []
-    for path in itertools.chain(*(row_files(find_file(path)) for path in paths)):
+    rows, files = [], [file for path in paths for file in row_files(find_file(path))]
+    for file in files:
         try:
-            if path.suffix.lower() == ".parquet":
-                found = need("pyarrow.parquet").read_table(path).to_pylist()
+            if file.suffix.lower() == ".parquet":
+                found = need("pyarrow.parquet").read_table(file).to_pylist()
             else:
-                with open_file(path) as f:
+                with open_file(file) as f:
                     data = f.read()
                 codec = "utf-16" if data[:2] in UTF16 else "utf-8-sig"
                 found = list(json_rows(data.decode(codec, errors="replace")))
         except (OSError, EOFError, ValueError, zlib.error) as e:
-            fail(f"cannot read {path}: {' '.join(str(e).split())}")
+            fail(f"cannot read {file}: {' '.join(str(e).split())}")
         kept = [row for row in found if isinstance(row, dict)]
-        if broken := len(found) - len(kept):
-            if broken > 0.01 * len(found):
-                fail(f"{path}: {broken} of {len(found)} lines are no JSON objects")
-            print0(f"{path}: {broken} broken lines skipped")
+        broken = len(found) - len(kept)
+        if broken > 0.01 * len(found):
+            fail(f"{file}: {broken} of {len(found)} lines are no JSON objects")
+        if broken:
+            print0(f"{file}: {broken} broken lines skipped")
         for row in kept:    # in .parquet what a row lacks is None
             rows.append({name: value for name, value in row.items() if value is not None})
     return rows or fail(f"no rows in {' '.join(map(str, paths))}")
@@ -1275,11 +1274,9 @@ def word_hash(word):
 def match_words(text):
     """Hashes (N,) uint64 of a text's words: lower case, no accents or punctuation, numbers 0."""
     text = re.sub(r"\d+(?:[.,]\d+)?", "0", text.lower())
-    if text.isascii():
-        words = re.findall(r"[a-z0-9]+", text)
-    else:    # some characters are words of their own
-        text = regex.sub(r"\p{Mn}+", "", unicodedata.normalize("NFD", text))
-        words = re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u4e00-\u9fff]+", text)
+    text = regex.sub(r"\p{Mn}+", "", unicodedata.normalize("NFD", text))
+    # a Japanese or Chinese character is a word of its own
+    words = re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u4e00-\u9fff]+", text)
     return np.fromiter(map(word_hash, words), np.uint64, len(words))
 
 
@@ -1293,13 +1290,16 @@ def ngram_hashes(words, n):
 
 def item_text(row):
     """(asked, right answer or "") of an evaluation item: what training text must not hold."""
-    name = next((name for name in SEARCHED if row.get(name)), "")
-    asked, answer = row.get(name, ""), row.get("answer", "")
-    if name == "ctx_a":
-        asked = f"{asked} {row.get('ctx_b', '')}"
-    if not name:    # RealToxicityPrompts, or what is asked in a chat
-        prompt = row.get("prompt")
-        asked = prompt["text"] if isinstance(prompt, dict) else to_prompt(row)[-1]["content"]
+    name = next((name for name in SEARCHED if row.get(name)), None)
+    if name == "ctx_a":    # HellaSwag
+        asked = f"{row['ctx_a']} {row.get('ctx_b', '')}"
+    elif name:
+        asked = row[name]
+    elif isinstance(row.get("prompt"), dict):    # RealToxicityPrompts
+        asked = row["prompt"]["text"]
+    else:
+        asked = to_prompt(row)[-1]["content"]
+    answer = row.get("answer", "")
     if isinstance(row.get("choices"), list) and isinstance(row.get("gold"), int):
         answer = row["choices"][row["gold"]]
     if isinstance(answer, list):
@@ -1345,41 +1345,31 @@ def setup(seed, precision="auto"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")    # TF32
         torch.backends.cuda.enable_cudnn_sdp(False)    # it plans each new shape, for up to a second
-        name = torch.cuda.get_device_name(device)
+        name, backend = torch.cuda.get_device_name(device), "nccl"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     elif torch.cuda.device_count():    # which asks the driver, not CUDA
         fail(f"there is a GPU, but its driver is too old for this torch (CUDA {torch.version.cuda})"
              f": update it, or hide the GPU with CUDA_VISIBLE_DEVICES=''")
     else:
-        device, name = torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads"
+        device = torch.device("cpu")
+        name, backend = f"cpu, {torch.get_num_threads()} threads", "gloo"
+        flags = torch.cpu.get_capabilities()
+        has_bf16 = any(flags.get(flag) for flag in ("amx_bf16", "avx512_bf16", "bf16"))
         keep_freed_memory()
     if world_size > 1 and not dist.is_initialized():
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     torch.manual_seed(seed)
-    dtype, why = pick_precision(device, precision)
+    dtype, why = None, "float32 (no bf16 matrix products here)"
+    if precision == "fp32":
+        why = "float32 as asked"
+    elif has_bf16 or precision == "bf16":
+        dtype, why = torch.bfloat16, "bf16 autocast" + ("" if has_bf16 else " (emulated: slow)")
     print0(f"device: {world_size} x {name}, {why}")
     return Env(rank, world_size, device, dtype, rank == 0)
 
 
-def pick_precision(device, precision):
-    """(autocast dtype or None, why). bf16 only where the hardware multiplies it."""
-    if precision == "fp32":
-        return None, "float32 as asked"
-    if device.type == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        flags = torch.cpu.get_capabilities()
-        has = any(flags.get(k) for k in ("amx_bf16", "avx512_bf16", "bf16"))
-    if has or precision == "bf16":
-        return torch.bfloat16, "bf16 autocast" + ("" if has else " (emulated: slow)")
-    return None, "float32 (no bf16 matrix products here)"
-
-
 def keep_freed_memory():
-    """Let glibc keep freed blocks: by default each large tensor is mapped and page-faulted anew.
-
-    Training steps on CPU ask for the same sizes again and again; up to twice as fast.
-    """
+    """Let glibc keep freed blocks, which the next step asks for again: up to twice as fast."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD, bytes
@@ -1464,12 +1454,8 @@ def peak_flops(env):
         found = [flops for key, flops in PEAK_FLOPS.items() if re.search(rf"\b{key}\b", name)]
         return found[0] * env.world_size if found and env.dtype else math.nan
     a = torch.randn(1024, 1024, dtype=env.dtype or torch.float32)
-    best = math.inf
-    for _ in range(12):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024 ** 3 / best * env.world_size
+    seconds = min(timeit.repeat(lambda: a @ a, number=1, repeat=12))
+    return 2 * 1024 ** 3 / seconds * env.world_size
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1504,8 +1490,8 @@ def run(main, Config):
         if isinstance(e, OSError):    # too many open files, no permission, ...
             e = SystemExit(f"error: {e}")
         if dist.is_initialized() and dist.get_backend() == "nccl":
-            print(e if isinstance(e, SystemExit) else traceback.format_exc(), file=sys.stderr)
-            sys.stderr.flush()
+            message = e if isinstance(e, SystemExit) else traceback.format_exc()
+            print(message, file=sys.stderr, flush=True)
             os._exit(1)
         raise e
     finally:
@@ -1531,13 +1517,14 @@ def parse_args(Config, argv=None):
     parser.error = lambda message: fail(f"{message} (see --help)")
     help_of = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     types = typing.get_type_hints(Config)
-    for name, default in dataclasses.asdict(Config()).items():
-        kind = next(k for k in (*typing.get_args(types[name]), types[name]) if k is not type(None))
+    for name, default in asdict(Config()).items():
+        parts = typing.get_args(types[name])    # (int, None) of int | None, (str,) of list[str]
+        kind = parts[0] if parts else types[name]
         flag = dict(type=kind, metavar=name.upper())
         if kind is bool:
             flag = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(kind, str):    # the first choice of a Literal
-            flag = dict(choices=typing.get_args(types[name]))
+        elif typing.get_origin(types[name]) is typing.Literal:
+            flag = dict(choices=parts)
         elif typing.get_origin(types[name]) is list:
             flag["nargs"] = "+"
         shown = "derived" if default is None else default
@@ -1555,9 +1542,10 @@ def parse_args(Config, argv=None):
 
 def check_bounds(name, value, help_text):
     """Refuse a number outside the bounds that a field's help states, or larger than any use."""
+    if not isinstance(value, (int, float)):
+        return
     bounds = re.findall(r"[,;] (above|at least|at most) (-?\d+(?:\.\d+)?)", help_text)
-    bounds.append(("at most", 1e12))    # and NaN is within no bound
-    for word, limit in bounds if isinstance(value, (int, float)) else ():
+    for word, limit in [*bounds, ("at most", 1e12)]:    # and NaN is within no bound
         limit = float(limit)
         holds = {"above": value > limit, "at least": value >= limit, "at most": value <= limit}
         if not holds[word]:
@@ -1674,8 +1662,8 @@ class Log:
                 f.write(json.dumps(dict(step=step) | row) + "\n")
         except OSError as e:
             fail(f"cannot write {self.path}: {e.strerror}; the last checkpoint is kept")
-        for name, x in row.items() if self.board else ():
-            if isinstance(x, (int, float)):
+        for name, x in row.items():
+            if self.board and isinstance(x, (int, float)):
                 self.board.add_scalar(name, x, step)
         if show:
             eta = metrics["seconds"] / (step + 1) * (self.max_steps - step - 1)
@@ -1696,9 +1684,9 @@ def save_checkpoint(path, model, stage, step, enc, cfg, state=None, optimizers=(
     weights, adapters = map(gather, merged_weights(model))
     if model.config.tie_embeddings:
         weights.pop("head.weight", None)
-    settings = dataclasses.asdict(cfg) | dict(resume=False, overwrite=False)
+    settings = asdict(cfg) | dict(resume=False, overwrite=False)
     checkpoint = dict(format=2, stage=stage, step=step, weights=weights, adapters=adapters,
-                      model_config=dataclasses.asdict(model.config), encoding=encoding_to_dict(enc),
+                      model_config=asdict(model.config), encoding=encoding_to_dict(enc),
                       stage_config=settings, state=gather(state),
                       optimizers=[gather(opt.state_dict()) for opt in optimizers])
     if int(os.environ.get("RANK", 0)) == 0:
@@ -1731,7 +1719,7 @@ def load_checkpoint(path, made_by, mmap=False):
     Code is never unpickled. made_by: the command that makes the file, for the message.
     """
     path, name = Path(path), str(path)
-    for file in path.iterdir() if path.is_dir() else filter(Path.is_file, [path]):
+    for file in [path, *path.glob("*")]:
         if file.is_file() and file.open("rb").read(19) == b"version https://git":
             fail(f"{file} is git-lfs's pointer to a file, not the file; get it with: git lfs pull")
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.pt)", name) and not path.parent.exists()
@@ -1762,7 +1750,7 @@ def load_weights(model, weights):
 
 def config_of(checkpoint):
     """The GPTConfig of a loaded checkpoint, which a fork may have made."""
-    unknown = checkpoint["model_config"].keys() - {f.name for f in dataclasses.fields(GPTConfig)}
+    unknown = checkpoint["model_config"].keys() - {f.name for f in fields(GPTConfig)}
     if unknown:
         fail(f"the model has a setting {min(unknown)!r} that this model.py does not know; read it "
              f"with the code that made it")
@@ -1886,7 +1874,7 @@ def import_model(name):
         weights[name] = torch.cat([rows, mean.expand(enc.n_vocab - len(rows), -1)])
     config.vocab_size = enc.n_vocab
     return dict(format=2, stage="imported", step=0, weights=weights, encoding=encoding_to_dict(enc),
-                model_config=dataclasses.asdict(config), stage_config=dict(folder=str(folder)))
+                model_config=asdict(config), stage_config=dict(folder=str(folder)))
 
 
 def import_config(c):
@@ -1953,12 +1941,13 @@ def export_model(path, folder, dtype="float32"):
     checkpoint = load_checkpoint(path, "python pretrain.py")
     model, enc = load_model(checkpoint, "cpu")
     eot, end, pad = (enc._special_tokens[t] for t in (ENDOFTEXT, IM_END, PAD))
-    theirs = public_model(model, [*enc.bos, None][0], [eot, end], pad).to(getattr(torch, dtype))
+    bos = enc.bos[0] if enc.bos else None
+    theirs = public_model(model, bos, [eot, end], pad).to(getattr(torch, dtype))
     talks, inner = checkpoint["stage"] not in ("pretrain", "imported"), public_tokenizer(enc)
     first = [inner.id_to_token(i) for i in enc.bos]
     tokenizer = need("transformers").PreTrainedTokenizerFast(
         tokenizer_object=inner, chat_template="".join(first) + CHAT_TEMPLATE,
-        bos_token=[*first, None][0], pad_token=inner.id_to_token(pad),
+        bos_token=first[0] if first else None, pad_token=inner.id_to_token(pad),
         eos_token=inner.id_to_token(end if talks else eot))
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")    # half a folder is none
     try:

@@ -163,6 +163,7 @@ def attention(q, k, v, mask=None, fused=False):
         mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=q.device).tril()
     if H > K:    # grouped queries: the heads that share a key head are rows of one product
         q, mask = q.reshape(B, K, -1, D), mask.repeat(1, 1, H // K, 1)          # (B, K, T H/K, D)
+    # added, because masked_fill of all scores is slower
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
     scores = (q * D ** -0.5) @ k.mT                                             # (B, H, T, S)
     with torch.autocast(q.device.type, enabled=False):    # bf16 in and out, summed in float32
@@ -333,7 +334,7 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
     def make_room(self, end):
-        """Have slots for `end` tokens, 16 more at a time: slices of a large tensor get copied."""
+        """Have slots for `end` tokens, 16 at a time: products of slices would copy them first."""
         slots = self.k.shape[3]
         if end > slots:
             more = math.ceil(end / 16) * 16 - slots
@@ -389,9 +390,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, stop_id
     config, device = model.config, model.embed.weight.device
     if not all(prompts):
         raise ValueError("generate: a prompt is empty")
-    numbers = {}    # of different prompts: equal ones are read once
-    same = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
-    ids, _ = pad_batch(list(numbers), 0)                                       # (B', P)
+    different = list(dict.fromkeys(map(tuple, prompts)))    # equal prompts are read once
+    same = [different.index(tuple(prompt)) for prompt in prompts]
+    ids, _ = pad_batch(different, 0)                                           # (B', P)
     B, P = len(prompts), ids.shape[1]
     if P + max_new_tokens > config.block_size:
         raise ValueError(f"generate: {P} prompt + {max_new_tokens} new tokens exceed block_size "
@@ -751,10 +752,9 @@ def add_lora(model, rank):
     """Freeze a model and adapt the linear layers of its blocks; a scalar head is still trained."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("score."))
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and name.endswith("_proj"):
-                setattr(parent, name, LoRALinear(child, rank))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith("_proj"):
+            model.set_submodule(name, LoRALinear(module, rank))
 
 
 @contextlib.contextmanager
@@ -833,11 +833,10 @@ def make_optimizers(model, optimizer, learning_rate, weight_decay=0.0, dtype=Non
     dtype: of Muon's products, None for float32. Betas 0.9 and 0.95, as GPT-3's and Llama's.
     """
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = {name for name, p in params if p.dim() == 2 and "blocks." in name}
-    matrices = [p for name, p in params if name in hidden]
-    others = [p for name, p in params if name not in hidden]
+    matrices = [p for name, p in params if p.dim() == 2 and "blocks." in name]
+    others = [p for name, p in params if p.dim() != 2 or "blocks." not in name]
     adamw = functools.partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95),
-                              weight_decay=0.0, fused=params[0][1].device.type in ("cpu", "cuda"))
+                              weight_decay=0.0, fused=True)
     if optimizer == "muon":
         muon = Muon(matrices, learning_rate, weight_decay, dtype=dtype or torch.float32)
         return [muon, adamw(others)]
@@ -852,9 +851,9 @@ def find_file(path):
     """The Path of a file; hf://datasets/OWNER/NAME/FILE is fetched from the hub, once."""
     if not str(path).startswith("hf://datasets/"):
         return Path(path) if Path(path).exists() else fail(f"{path} does not exist")
-    owner, name, file = str(path).removeprefix("hf://datasets/").split("/", 2)
     hub = need("huggingface_hub")
     try:
+        owner, name, file = str(path).removeprefix("hf://datasets/").split("/", 2)
         return Path(hub.hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
     except Exception as e:    # whatever the hub or the network answers
         fail(f"{path} cannot be fetched: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
@@ -903,8 +902,8 @@ def row_files(path):
 def read_rows(paths):
     """The rows (dicts) of files and folders of .jsonl, .json (.gz, .zst) and .parquet; over 1 %
     broken lines: an error."""
-    rows, files = [], [file for path in paths for file in row_files(find_file(path))]
-    for file in files:
+    rows = []
+    for file in [file for path in paths for file in row_files(find_file(path))]:
         try:
             if file.suffix.lower() == ".parquet":
                 found = need("pyarrow.parquet").read_table(file).to_pylist()
@@ -947,8 +946,8 @@ def to_turns(value, role):
             value.pop()    # the open end, "Assistant:", is where a reply goes
     turns = []
     for turn in [value] if isinstance(value, dict) else value:
-        if beside := next((name for name in NOT_TEXT if turn.get(name)), None):
-            raise ValueError(f"{beside} beside the text")
+        if more := next((name for name in NOT_TEXT if turn.get(name)), None):
+            raise ValueError(f"{more} beside the text")
         who = str(turn.get("role") or turn.get("from")).lower()
         who = SPEAKERS.get(who, who)
         said = [turn.get(name) for name in ("content", "value", "text")]
@@ -994,8 +993,8 @@ def conversation(row, *fields):
     turn is the whole conversation (HH-RLHF, UltraFeedback).
     Raises ValueError with the reason for what cannot be told as messages, or another error.
     """
-    if beside := next((name for name in NOT_TEXT if row.get(name)), None):
-        raise ValueError(f"{beside} beside the text")
+    if more := next((name for name in NOT_TEXT if row.get(name)), None):
+        raise ValueError(f"{more} beside the text")
     talk = next((row[name] for name in TALKS if row.get(name)), None)
     turns = to_turns(talk, "user") if talk else question_of(row)
     reply = next((row[name] for name in fields if row.get(name) not in (None, "", [])), [])
@@ -1063,8 +1062,10 @@ def keep_valid(rows, convert, what):
     for row in rows:
         try:
             kept.append(convert(row))
-        except (ValueError, TypeError, AttributeError, LookupError) as e:
-            reasons[str(e) if isinstance(e, ValueError) else "not in a known format"] += 1
+        except ValueError as e:
+            reasons[str(e)] += 1
+        except (TypeError, AttributeError, LookupError):
+            reasons["not in a known format"] += 1
     if reasons:
         print0(f"{what}: {reasons.total()} of {len(rows)} rows dropped: "
                + ", ".join(f"{why} ({n})" for why, n in reasons.items()))
@@ -1804,8 +1805,8 @@ def resume(cfg, model, optimizers, max_steps, **fresh):
             opt.load_state_dict(saved)
     except (ValueError, IndexError):
         fail(f"--resume: {cfg.out} was trained with another --optimizer, or by another version")
-    now = vars(cfg) | fresh["files"] | dict(out=before["out"], resume=False, overwrite=False)
     before |= state.get("files", {})
+    now = vars(cfg) | fresh["files"] | dict(out=before["out"], resume=False, overwrite=False)
     changed = [f"{k} {v} -> {now[k]}"[:200] for k, v in before.items() if now.get(k, v) != v]
     print0(f"resuming {cfg.out} at step {state['step']}", *changed, sep="; changed: ")
     return {**fresh, **state, "files": fresh["files"]}
@@ -1884,10 +1885,10 @@ def import_config(c):
     if kind not in itertools.product(MODEL_TYPES, ["silu"], ["default", "llama3"]):
         raise ValueError(f"{kind} is none of {MODEL_TYPES} with silu and default or llama3 rope")
     sizes = {ours: getattr(c, theirs, None) for ours, theirs in PUBLIC_SIZES.items()}
-    window = getattr(c, "sliding_window", None) or c.max_position_embeddings
-    if window < c.max_position_embeddings:    # up to there it is no window at all
-        print0(f"context {window}, the sliding window, not {c.max_position_embeddings}")
-        sizes["block_size"] = window
+    context = getattr(c, "sliding_window", None) or c.max_position_embeddings
+    if context < c.max_position_embeddings:    # up to there it is no window at all
+        print0(f"context {context}, the sliding window, not {c.max_position_embeddings}")
+        sizes["block_size"] = context
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
     return GPTConfig(
         **sizes, qk_norm=c.model_type == "qwen3", qkv_bias=c.model_type == "qwen2",

@@ -1603,7 +1603,7 @@ def fingerprints(cfg):
     found = {}
     for path in files_of(cfg):
         digest = hashlib.blake2b(digest_size=8)
-        for file in sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]:
+        for file in sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]:
             digest.update(b"%d" % file.stat().st_size + file.open("rb").read(1 << 26))
         found[f"content of {path}"] = digest.hexdigest()
     return found

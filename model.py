@@ -879,18 +879,24 @@ def open_file(path):
     return open(path, "rb")
 
 
-def json_rows(text):
-    """Yield the rows of a JSON list, of {"data": [...]} or of JSON lines; None for a broken one."""
+def parse_json(text):
+    """What a JSON text says, None for a broken one."""
     try:
-        found = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        lines = [line for line in text.split("\n") if line.strip()]
-        for line in lines:
-            yield from json_rows(line) if len(lines) > 1 else [None]
-        return
-    if isinstance(found, dict):
-        found = next((found[k] for k in ("data", "train") if isinstance(found.get(k), list)), found)
-    yield from found if isinstance(found, list) else [found]
+        return None
+
+
+def json_rows(text):
+    """The rows of a JSON list, of {"data": [...]} or of JSON lines; None for a broken one."""
+    found = parse_json(text)
+    if found is None:
+        return [parse_json(line) for line in text.split("\n") if line.strip()]
+    for name in ("data", "train"):
+        inside = found.get(name) if isinstance(found, dict) else None
+        if isinstance(inside, list) and all(isinstance(row, dict) for row in inside):
+            return inside
+    return found if isinstance(found, list) else [found]
 
 
 def row_files(path):
@@ -911,7 +917,7 @@ def read_rows(paths):
                 with open_file(file) as f:
                     data = f.read()
                 codec = "utf-16" if data[:2] in UTF16 else "utf-8-sig"
-                found = list(json_rows(data.decode(codec, errors="replace")))
+                found = json_rows(data.decode(codec, errors="replace"))
         except (OSError, EOFError, ValueError, zlib.error) as e:
             fail(f"cannot read {file}: {' '.join(str(e).split())}")
         kept = [row for row in found if isinstance(row, dict)]
@@ -1213,12 +1219,14 @@ def open_tokens(spec, reader="", its_enc=None, block_size=0):
     manifest = read_json(Path(path, "manifest.json"))
     try:
         enc = encoding_from_dict(read_json(Path(path, "encoding.json")))
-        dtype, counts = np.dtype(manifest["dtype"]), manifest["tokens"]
-    except (KeyError, TypeError) as e:
-        fail(f"{path}: manifest.json or encoding.json lacks {e}; run prepare.py again")
+        dtype = np.dtype(manifest["dtype"])
+        counts = {part: int(manifest["tokens"][part]) for part in ("train", "val")}
+    except (KeyError, TypeError, ValueError) as e:
+        fail(f"{path}: manifest.json or encoding.json is damaged: {type(e).__name__} {e}; run "
+             f"prepare.py again")
     source = dict(path=path, weight=float(weight), enc=enc)
-    for part in ("train", "val"):
-        file, n = Path(path, f"{part}.bin"), counts[part]
+    for part, n in counts.items():
+        file = Path(path, f"{part}.bin")
         if not file.exists() or file.stat().st_size != n * dtype.itemsize:
             fail(f"{file} is missing or not as long as its manifest says; run prepare.py again")
         source[part] = np.memmap(file, dtype, mode="r") if n else np.zeros(0, dtype)
@@ -1643,7 +1651,7 @@ class Log:
             print0(f"warning: {max_steps} steps teach little: more data or smaller batches help")
         old = self.path.read_text("utf-8") if step and self.path.exists() else ""
         lines = [line for line in old.splitlines(True) if line.endswith("\n")]
-        lines = [line for line in lines if json.loads(line)["step"] < step]
+        lines = [line for line in lines if (parse_json(line) or {}).get("step", step) < step]
         write_atomic(self.path, lambda f: f.write("".join(lines).encode()))
         if cfg.tensorboard:
             need("tensorboard")

@@ -1021,6 +1021,8 @@ def to_messages(row):
     """A demonstration as messages. Raises ValueError with the reason where a row is none."""
     if row.get("label") is False:    # KTO's
         raise ValueError("label false: an answer that is not to be learned")
+    if row.get("weight") not in (None, 1):
+        raise ValueError("a weight of the row: it belongs to a turn")
     turns = conversation(row, *REPLIES)
     if not turns:
         raise ValueError("none of messages, conversations, instruction, question, prompt in it")

@@ -10,9 +10,10 @@ Out:  out/sft.pt (one self-contained checkpoint) and out/sft.jsonl (one JSON lin
     torchrun --standalone --nproc_per_node=8 sft.py --data mine.jsonl
 
 Loss: -(1/N) sum of ln p(token | tokens before it) over what the assistant says and its end-of-turn
-token, in every turn; N counts these tokens in the whole step, over all micro-steps and ranks.
-Conversations are packed into rows; each sees itself only, and its positions start at 0. Part of
-each step replays pretraining text, with a loss on every token, so that the base is not forgotten.
+token, in every turn but those with "weight": 0; N counts these tokens in the whole step, over all
+micro-steps and ranks. Conversations are packed into rows; each sees itself only, and its positions
+start at 0. Part of each step replays pretraining text, so that the base is not forgotten: all of
+its tokens are learned and count in N, so one row in ten is a fifth of the loss.
 --show_batch prints the first row, what is learned in colour, and trains nothing. Expect 93 % of the
 held-out tokens right, answers that stop by themselves, and 0.28 bits per byte of the replayed text.
 

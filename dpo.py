@@ -161,27 +161,18 @@ def validate(model, reference, pairs, pad_id, cfg, env):
 # Online: pairs of the policy's own answers
 
 
-def two_answers(policy, prompts, numbers, max_new_tokens, enc, cfg, env):
-    """[(ids, ids)]: two sampled answers to each prompt. numbers: of the prompts in the run, from
-    which the seeds follow, so that no two answers share one."""
-    asked = [prompt["ids"] for prompt in prompts for _ in range(2)]
-    seeds = [cfg.seed * 1_000_003 + 2 * n + i for n in numbers for i in range(2)]
-    with env.autocast():
-        found = complete(policy, asked, max_new_tokens, 4 * cfg.device_batch_size, seeds,
-                         stop_ids=[enc._special_tokens[IM_END]])
-    return list(zip(found[::2], found[1::2]))
-
-
 def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
     """(pairs of two sampled answers, the better one by the judge chosen; sum of the scores).
 
-    Equal answers are left out. numbers: see two_answers.
+    Equal answers are left out. numbers: of the prompts in the run, from which the seeds follow.
     """
     end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
-    answers = two_answers(policy, prompts, numbers, cfg.max_new_tokens, enc, cfg, env)
-    texts = []
-    for prompt, (first, second) in zip(prompts, answers):
-        texts += [prompt["ids"] + first, prompt["ids"] + second]
+    asked = [prompt["ids"] for prompt in prompts for _ in range(2)]
+    seeds = [cfg.seed * 1_000_003 + 2 * n + i for n in numbers for i in range(2)]
+    with env.autocast():
+        found = complete(policy, asked, cfg.max_new_tokens, 4 * cfg.device_batch_size, seeds,
+                         stop_ids=[end])
+    texts = [prompt + answer for prompt, answer in zip(asked, found)]
     scores, pairs = score_all(judge, texts, pad_id, cfg.device_batch_size, env), []
     # an answer that does not end by itself is never the better one
     ranks = [score if text[-1] == end else -math.inf for score, text in zip(scores, texts)]
@@ -193,10 +184,6 @@ def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
             pairs.append(dict(chosen=texts[best], rejected=texts[worst],
                               n_prompt=len(prompt["ids"])))
     return pairs, sum(scores, 0.0)
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
 
 
 def main(cfg):

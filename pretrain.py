@@ -381,10 +381,6 @@ def prepare_default(cfg, env):
         dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------
-# The run
-
-
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
     if not cfg.plan:
@@ -471,8 +467,8 @@ def main(cfg):
         total, stride = torch.zeros((), device=env.device), env.world_size * cfg.device_batch_size
         for start in range(env.rank * cfg.device_batch_size, len(picks), stride):
             part = picks[start:start + cfg.device_batch_size]
-            rows = [window(sources[s]["train"], T, i, (cfg.seed, s)) for s, i in part]
-            ids = torch.from_numpy(np.stack(rows)).to(env.device)                 # (B, T + 1)
+            rows = [window(sources[n]["train"], T, i, (cfg.seed, n)) for n, i in part]
+            ids = torch.from_numpy(np.stack(rows)).to(env.device)                   # (B, T + 1)
             x, y = ids[:, :-1], ids[:, 1:]
             last_pass = start + stride >= len(picks)
             if cfg.shard == "fsdp":    # exchange gradients once, after the last pass
@@ -480,7 +476,7 @@ def main(cfg):
             elif env.world_size > 1:
                 wrapped.require_backward_grad_sync = last_pass
             with env.autocast():
-                logits = wrapped(x, documents(x, enc) if cfg.doc_mask else None)  # (B, T, V)
+                logits = wrapped(x, documents(x, enc) if cfg.doc_mask else None)    # (B, T, V)
             loss = token_nats(logits, y).sum() / cfg.total_batch_tokens
             (loss * env.world_size).backward()    # because ranks average gradients
             total += loss.detach()

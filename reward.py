@@ -101,15 +101,16 @@ def reward_loss(chosen, rejected, margin=0.0, probability=1.0, eta=0.0):
 # AI feedback
 
 
-def two_answers(policy, prompts, numbers, max_new_tokens, enc, cfg, env):
-    """[(ids, ids)]: two sampled answers to each prompt. numbers: of the prompts in the run, from
-    which the seeds follow, so that no two answers share one."""
-    asked = [prompt["ids"] for prompt in prompts for _ in range(2)]
+def two_answers(policy, prompts, numbers, enc, cfg, env):
+    """[(text, text)]: two sampled answers to each of the prompts with these numbers."""
+    end = enc._special_tokens[IM_END]
+    asked = [prompts[n]["ids"] for n in numbers for _ in range(2)]
     seeds = [cfg.seed * 1_000_003 + 2 * n + i for n in numbers for i in range(2)]
     with env.autocast():
-        found = complete(policy, asked, max_new_tokens, 4 * cfg.device_batch_size, seeds,
-                         stop_ids=[enc._special_tokens[IM_END]])
-    return list(zip(found[::2], found[1::2]))
+        found = complete(policy, asked, ANSWER_TOKENS, 4 * cfg.device_batch_size, seeds,
+                         stop_ids=[end])
+    texts = [enc.decode([i for i in ids if i != end]).strip() for ids in found]
+    return list(zip(texts[::2], texts[1::2]))
 
 
 @torch.no_grad()
@@ -133,14 +134,12 @@ def feedback(policy, enc, cfg, env):
     prompts = load_prompts(cfg.prompts, enc, policy.config.block_size - ANSWER_TOKENS)
     judge, judge_enc = load_language_model(cfg.feedback, "python sft.py", env.device)
     gold = None if cfg.gold == "none" else load_function("gold", cfg.gold)
-    principles, end = load_principles(cfg.constitution), enc._special_tokens[IM_END]
+    principles = load_principles(cfg.constitution)
 
-    # pairs of different answers, and a request for each order of the two
-    sample = lambda numbers: two_answers(policy, [prompts[n] for n in numbers], numbers,
-                                         ANSWER_TOKENS, enc, cfg, env)
-    asked, rows, requests = [], [], []
-    for n, answers in enumerate(share_out(sample, range(len(prompts)), env)):
-        first, second = (enc.decode([i for i in ids if i != end]).strip() for ids in answers)
+    answers = share_out(lambda numbers: two_answers(policy, prompts, numbers, enc, cfg, env),
+                        range(len(prompts)), env)
+    asked, rows, requests = [], [], []    # a request for each order of the two answers
+    for n, (first, second) in enumerate(answers):
         if first == second or not (first and second):
             continue
         messages, principle = prompts[n]["messages"], principles[(n + cfg.seed) % len(principles)]
@@ -195,13 +194,6 @@ def validate(model, pairs, pad_id, cfg, env):
     return {name: x.mean().item() for name, x in metrics.items()}, chosen, rejected
 
 
-def length_only(lengths_chosen, lengths_rejected):
-    """The best that a judge could do on these pairs who looks at nothing but the length."""
-    longer = (lengths_chosen > lengths_rejected).float().mean().item()
-    shorter = (lengths_chosen < lengths_rejected).float().mean().item()
-    return max(longer, shorter) + (1 - longer - shorter) / 2
-
-
 def spoiled(pairs, end, block_size):
     """Texts by what was done to good answers: nothing, all cut away, half of it, three in a row."""
     texts = dict(good=[], empty=[], truncated=[], repeated=[])
@@ -228,7 +220,9 @@ def verdict(model, pairs, enc, cfg, env):
     n_prompt = torch.tensor([float(pair["n_prompt"]) for pair in pairs])
     n_chosen = torch.tensor([len(pair["chosen"]) for pair in pairs]) - n_prompt
     n_rejected = torch.tensor([len(pair["rejected"]) for pair in pairs]) - n_prompt
-    by_length = length_only(n_chosen, n_rejected)
+    longer = (n_chosen > n_rejected).float().mean().item()
+    shorter = (n_chosen < n_rejected).float().mean().item()
+    by_length = max(longer, shorter) + (1 - longer - shorter) / 2    # the best by length alone
     both = torch.stack([torch.cat([chosen, rejected]), torch.cat([n_chosen, n_rejected])])
     follows = torch.corrcoef(both)[0, 1].nan_to_num(0.0).item()    # 0 where one does not vary
 
@@ -259,10 +253,6 @@ def print_verdict(found, n):
         print0("  NOT FIT to guide RL: " + "; ".join(found["unfit"]))
     else:
         print0("  fit to guide RL, as far as these pairs can tell")
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
 
 
 def main(cfg):

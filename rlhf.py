@@ -195,9 +195,9 @@ def rollout(policy, prompts, seeds, judges, enc, cfg, env, temperature):
     unanswered (B,), and answers (texts). judges: (reward, gold); gold is NaN where it cannot judge,
     unanswered (has no "#### n") where that is not the form of the right answer."""
     end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
-    n = 4 * cfg.device_batch_size    # without gradients four times as many rows fit
-    with env.autocast():
-        found = complete(policy, [p["ids"] for p in prompts], cfg.max_new_tokens, n, seeds,
+    asked = [prompt["ids"] for prompt in prompts]
+    with env.autocast():    # without gradients four times as many rows fit
+        found = complete(policy, asked, cfg.max_new_tokens, 4 * cfg.device_batch_size, seeds,
                          temperature=temperature, stop_ids=[end])
     rows, texts, answers, stopped, unanswered = [], [], [], [], []
     for prompt, ids in zip(prompts, found):
@@ -357,13 +357,9 @@ def backward(policy, critic, batch, minibatch, cfg, env):
             move = logprobs - part["old_logprobs"]
             ratio = move.exp()
             outside = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-            watched = torch.stack([0.5 * move.square(), outside, ratio])          # (3, B, T)
+            watched = torch.stack([0.5 * move.square(), outside, ratio])            # (3, B, T)
             sums += torch.cat([losses, (share * watched).sum((1, 2))]).double().cpu()
     return dict(zip(NAMES, sum_over_ranks(sums, env).tolist()))
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
 
 
 def main(cfg):

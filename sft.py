@@ -179,10 +179,6 @@ def show(rows, enc):
     print0(f"{len(rows)} conversations, {learned} of {total} tokens are learned")
 
 
-# ------------------------------------------------------------------------------------------------
-# Validation
-
-
 @torch.no_grad()
 def learned_nats(model, pieces, enc, cfg, env):
     """Sums over (ids, mask) pieces and ranks: nats, right guesses and number of learned tokens."""
@@ -203,7 +199,8 @@ def validate(model, held_out, replayed, enc, cfg, env):
     nats, right, n = learned_nats(model, held_out, enc, cfg, env)
     metrics = dict(val_loss=nats / n, val_accuracy=right / n)
     if replayed:
-        n_bytes = sum(token_bytes(enc)[ids[1:]].sum().item() for ids, _ in replayed)
+        sizes = token_bytes(enc)
+        n_bytes = sum(sizes[ids[1:]].sum().item() for ids, _ in replayed)
         nats, _, _ = learned_nats(model, replayed, enc, cfg, env)
         metrics["val_bpb"] = nats / math.log(2) / n_bytes
     return metrics
@@ -224,10 +221,6 @@ def answers(model, held_out, enc, cfg, env):
     for i in (0, len(prompts) // 2):
         shown += f"\n    {enc.decode(prompts[i])!r} -> {enc.decode(found[i])!r}"
     return dict(stopped=stopped, length=length), shown
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
 
 
 def main(cfg):
@@ -306,11 +299,11 @@ def main(cfg):
         total, n_tokens = torch.zeros((), device=env.device), 0
         for start in range(0, len(local), cfg.device_batch_size):
             part = local[start:start + cfg.device_batch_size]
-            ids, mask, doc = collate(part, pad_id, env.device)                    # (B, T) each
+            ids, mask, doc = collate(part, pad_id, env.device)                      # (B, T) each
             if env.world_size > 1:    # exchange gradients once, after the last pass
                 wrapped.require_backward_grad_sync = start + cfg.device_batch_size >= len(local)
             with env.autocast():
-                logits = wrapped(ids, doc if cfg.pack else None)                  # (B, T, V)
+                logits = wrapped(ids, doc if cfg.pack else None)                    # (B, T, V)
             loss = -(token_logprobs(logits, ids) * mask).sum() / n_learned
             (loss * env.world_size).backward()    # because ranks average gradients
             total += loss.detach()

@@ -406,9 +406,10 @@ def main(cfg):
            f"{cfg.batch_size // group_size} prompts x {group_size} answers, {cfg.epochs} epochs x "
            f"{cfg.minibatches} minibatches")
 
-    policy, critic = parallel(model, env), critic_model and parallel(critic_model, env)
+    policy, critic = parallel(model, env), None
     optimizers = make_optimizers(model, "adamw", learning_rate)
-    if critic:
+    if critic_model:
+        critic = parallel(critic_model, env)
         optimizers += make_optimizers(critic_model, "adamw", value_learning_rate)
     state = resume(cfg, model, optimizers, max_steps)
     if critic_weights := state.pop("critic", None):
@@ -465,7 +466,8 @@ def main(cfg):
         sums, n_updates, stopped_early = dict.fromkeys(NAMES, 0.0), 0, 0
         for rows in minibatches(batch["lengths"], step, cfg, env):    # flat, over all epochs
             found = backward(policy, critic, batch, rows, cfg, env)
-            sums, n_updates = {k: sums[k] + found[k] for k in NAMES}, n_updates + 1
+            sums = {name: sums[name] + found[name] for name in NAMES}
+            n_updates += 1
             norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.grad_clip).item()
                      for module in (model, critic_model) if module]
             if not math.isfinite(found["approx_kl"] + sum(norms)):

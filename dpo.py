@@ -123,10 +123,12 @@ NAMES = ("loss", "accuracy", "reward_chosen", "reward_rejected", "logps_chosen",
 def losses_and_metrics(logprobs, ref_logprobs, pairs, cfg):
     """(loss (B,) of each pair, its metrics under NAMES summed over B) from log-probs (2, B)."""
     (chosen, rejected), (ref_chosen, ref_rejected) = logprobs, ref_logprobs
-    n_chosen, n_rejected = (torch.tensor([len(pair[name]) - pair["n_prompt"] for pair in pairs],
-                                         device=chosen.device) for name in ("chosen", "rejected"))
-    probability = torch.tensor([pair.get("probability", 1.0) for pair in pairs],
-                               device=chosen.device)    # at least 0.5, see load_pairs
+    device = chosen.device
+    n_prompt = torch.tensor([pair["n_prompt"] for pair in pairs], device=device)
+    n_chosen = torch.tensor([len(pair["chosen"]) for pair in pairs], device=device) - n_prompt
+    n_rejected = torch.tensor([len(pair["rejected"]) for pair in pairs], device=device) - n_prompt
+    # at least 0.5, see load_pairs; sampled pairs have none
+    probability = torch.tensor([pair.get("probability", 1.0) for pair in pairs], device=device)
     noise = (1 - probability).clamp(min=cfg.label_smoothing)
     losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected,
                              cfg.loss, cfg.beta, noise, cfg.gamma)
@@ -148,7 +150,7 @@ def validate(model, reference, pairs, pad_id, cfg, env):
             found = reference_logprobs(reference, part, pad_id, env)
             for pair, ref_logprobs in zip(part, found.T):
                 pair["ref_logprobs"] = ref_logprobs
-        ref_logprobs = torch.stack([pair["ref_logprobs"] for pair in part], dim=1)
+        ref_logprobs = torch.stack([pair["ref_logprobs"] for pair in part], dim=1)  # (2, B)
         logprobs = answer_logprobs(model, part, pad_id, env)
         sums += losses_and_metrics(logprobs, ref_logprobs, part, cfg)[1]
     means = sum_over_ranks(sums, env) / len(pairs)
@@ -162,14 +164,15 @@ def validate(model, reference, pairs, pad_id, cfg, env):
 def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
     """(pairs of two sampled answers, the better one by the judge chosen; sum of the scores).
 
-    numbers: of the prompts in the run, from which the seeds follow. Equal answers are left out.
+    Equal answers are left out. numbers: of the prompts in the run, from which the seeds follow.
     """
     end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
+    asked = [prompt["ids"] for prompt in prompts for _ in range(2)]
     seeds = [cfg.seed * 1_000_003 + 2 * n + i for n in numbers for i in range(2)]
     with env.autocast():
-        answers = complete(policy, [prompt["ids"] for prompt in prompts for _ in range(2)],
-                           cfg.max_new_tokens, 4 * cfg.device_batch_size, seeds, stop_ids=[end])
-    texts = [prompts[i // 2]["ids"] + answer for i, answer in enumerate(answers)]
+        found = complete(policy, asked, cfg.max_new_tokens, 4 * cfg.device_batch_size, seeds,
+                         stop_ids=[end])
+    texts = [prompt + answer for prompt, answer in zip(asked, found)]
     scores, pairs = score_all(judge, texts, pad_id, cfg.device_batch_size, env), []
     # an answer that does not end by itself is never the better one
     ranks = [score if text[-1] == end else -math.inf for score, text in zip(scores, texts)]
@@ -181,10 +184,6 @@ def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
             pairs.append(dict(chosen=texts[best], rejected=texts[worst],
                               n_prompt=len(prompt["ids"])))
     return pairs, sum(scores, 0.0)
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
 
 
 def main(cfg):
@@ -237,15 +236,16 @@ def main(cfg):
 
         numbers = range(step * cfg.batch_size + env.rank, (step + 1) * cfg.batch_size,
                         env.world_size)
-        local, extra = [train[nth_of_epochs(len(train), n, cfg.seed)] for n in numbers], {}
+        local = [train[nth_of_epochs(len(train), n, cfg.seed)] for n in numbers]
+        row = {}
         if cfg.online:
             local, reward = sample_pairs(model, judge, local, numbers, enc, cfg, env)
-            extra["reward"] = sum_over_ranks(torch.tensor(reward), env).item() / cfg.batch_size / 2
+            row["reward"] = sum_over_ranks(torch.tensor(reward), env).item() / cfg.batch_size / 2
         n_pairs = int(sum_over_ranks(torch.tensor(float(len(local))), env).item())
         sums = torch.zeros(len(NAMES), dtype=torch.float64)
         for start in range(0, max(1, len(local)), cfg.device_batch_size):
             part = local[start:start + cfg.device_batch_size]
-            if env.world_size > 1:    # exchange gradients once, after the last micro-step
+            if env.world_size > 1:    # exchange gradients once, after the last pass
                 wrapped.require_backward_grad_sync = start + cfg.device_batch_size >= len(local)
             if not part:    # a rank whose sampled answers were all equal still takes part
                 nothing = torch.zeros(1, 2, dtype=torch.long, device=env.device)
@@ -253,9 +253,10 @@ def main(cfg):
                 continue
             logprobs = answer_logprobs(wrapped, part, pad_id, env)                  # (2, B)
             ref_logprobs = reference_logprobs(reference, part, pad_id, env)
-            losses, parts = losses_and_metrics(logprobs, ref_logprobs, part, cfg)
-            (losses.sum() / n_pairs * env.world_size).backward()    # because ranks average
-            sums += parts
+            losses, found = losses_and_metrics(logprobs, ref_logprobs, part, cfg)
+            loss = losses.sum() / n_pairs
+            (loss * env.world_size).backward()    # because ranks average gradients
+            sums += found
         means = dict(zip(NAMES, (sum_over_ranks(sums, env) / max(1, n_pairs)).tolist()))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
         if not math.isfinite(means["loss"] + grad_norm):
@@ -268,7 +269,7 @@ def main(cfg):
 
         seconds = time.perf_counter() - started
         margin = means["reward_chosen"] - means["reward_rejected"]
-        log(step, SHOWN if step % 5 == 0 else (), **means, **extra, margin=margin, pairs=n_pairs,
+        log(step, SHOWN if step % 5 == 0 else (), **means, **row, margin=margin, pairs=n_pairs,
             lr=lr, grad_norm=grad_norm, seconds=seconds)
 
     print0(f"done: {cfg.out}: {max_steps:,} steps in {duration(state['seconds'])}, "

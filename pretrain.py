@@ -104,7 +104,7 @@ def model_config(cfg, vocab_size, checkpoint=None):
             if name != "block_size" and size not in (own[name], getattr(Config, name)):
                 fail(f"--{name} {size}: the model at {cfg.init} has {own[name]}; leave it out")
         return dataclasses.replace(config, block_size=max(config.block_size, cfg.block_size or 0))
-    width = given.get("n_embd", -(-48 * cfg.depth // 64) * 64)    # whole heads of 64
+    width = given.get("n_embd", 64 * math.ceil(48 * cfg.depth / 64))    # whole heads of 64
     heads = given.get("n_head", max(1, width // 64))
     derived = dict(n_layer=cfg.depth, n_embd=width, n_head=heads, n_kv_head=heads,
                    block_size=min(LONGEST, 64 * cfg.depth), vocab_size=vocab_size)
@@ -117,27 +117,33 @@ def model_config(cfg, vocab_size, checkpoint=None):
 def memory(cfg, config, rows, world_size, shard):
     """Bytes that one GPU holds at the peak of a step with so many sequences a pass, in bf16 and
     with the attention kernels of GPUs."""
-    C, L, q_size = config.n_embd, config.n_layer, config.n_head * config.head_size
-    kv_size, tokens = config.n_kv_head * config.head_size, rows * config.block_size
+    C, L = config.n_embd, config.n_layer
+    q_size, kv_size = config.n_head * config.head_size, config.n_kv_head * config.head_size
+    tokens = rows * config.block_size    # of a pass
     block = 2 * C * (q_size + kv_size) + 3 * C * config.n_hidden
-    rest = (1 if config.tie_embeddings else 2) * config.vocab_size * C
-    weights = L * block + rest
-    moments = (4 if cfg.optimizer == "muon" else 8) * L * block + 8 * rest
-    kept = (8 * weights + moments) + 2 * weights    # float32 with gradients; a copy in bf16
-    if shard == "fsdp":    # of the others only what is at work, and gradients until their reduction
-        accumulates = cfg.total_batch_tokens > tokens * world_size
-        kept = (8 * weights + moments) / world_size + 2 * (block + rest) + 4 * weights * accumulates
-    # what autograd keeps of a block: around norms, rotation, attention and SwiGLU
-    of_block = 2 * (4.5 * C + 4 * q_size + 3 * kv_size + 4 * config.n_hidden)
-    of_blocks = L * 2 * C + of_block if cfg.recompute else L * of_block
-    return kept + tokens * (of_blocks + 4 * config.vocab_size)    # logits and their gradient
+    embeddings = (1 if config.tie_embeddings else 2) * config.vocab_size * C
+    params = L * block + embeddings
+    # float32: weights, gradients and moments, of which Muon has one and AdamW two
+    held = 8 * params + 8 * embeddings + (4 if cfg.optimizer == "muon" else 8) * L * block
+    copies = 2 * params    # of the weights, in bf16
+    if shard == "fsdp":
+        held /= world_size
+        copies = 2 * (block + embeddings)    # one block at a time
+        if cfg.total_batch_tokens > tokens * world_size:    # several passes: gradients stay whole
+            held += 4 * params
+    # what the backward pass needs: bf16, around norms, rotation, attention and SwiGLU
+    of_block = 2 * tokens * (4.5 * C + 4 * q_size + 3 * kv_size + 4 * config.n_hidden)
+    activations = L * of_block
+    if cfg.recompute:    # the inputs of all blocks, and the one that is at work
+        activations = L * 2 * tokens * C + of_block
+    logits = 4 * tokens * config.vocab_size    # with their gradient
+    return held + copies + activations + logits
 
 
 def largest_pass(cfg, config, world_size, shard, most_tokens, most_bytes):
     """Sequences a pass: as many as divide those of a rank and fit."""
-    rows, T = cfg.total_batch_tokens // (world_size * config.block_size), config.block_size
-    best = 1
-    for n in range(2, min(rows, most_tokens // T) + 1):
+    rows, best = cfg.total_batch_tokens // (world_size * config.block_size), 1
+    for n in range(2, min(rows, most_tokens // config.block_size) + 1):
         if rows % n == 0 and memory(cfg, config, n, world_size, shard) <= most_bytes:
             best = n
     return best
@@ -145,11 +151,12 @@ def largest_pass(cfg, config, world_size, shard, most_tokens, most_bytes):
 
 def derive(cfg, config, n_params, train_tokens, env):
     """cfg with batch, learning rate and steps filled in where they are None."""
-    T, passed = config.block_size, cfg.device_batch_size or 1
-    unit = env.world_size * passed * T    # of batches
+    cfg, T, cuda = dataclasses.replace(cfg), config.block_size, env.device.type == "cuda"
     tokens = min(TOKENS_PER_PARAMETER * n_params, EPOCHS * train_tokens)
     rows = min(8 * (config.n_layer / 4) ** 3, tokens / (STEPS * T))
     batch = T * 2 ** round(math.log2(max(1, rows)))
+    passed = cfg.device_batch_size or 1
+    unit = env.world_size * passed * T    # tokens that all ranks pass at once
     batch = cfg.total_batch_tokens or unit * max(1, round(batch / unit))
     if batch % unit:
         fail(f"--total_batch_tokens {batch} is not a multiple of {unit}, {env.world_size} ranks x "
@@ -158,16 +165,18 @@ def derive(cfg, config, n_params, train_tokens, env):
     rate *= min(1, 192 / config.n_embd) ** 0.5
     if cfg.init:    # as in sft.py: what was learned is not to be lost
         rate = 1e-3 * 192 / config.n_embd
-    cuda = env.device.type == "cuda"
-    cfg = dataclasses.replace(
-        cfg, block_size=T, total_batch_tokens=batch, learning_rate=cfg.learning_rate or rate,
-        max_steps=cfg.max_steps or max(1, tokens // batch),
-        compile=cuda if cfg.compile is None else cfg.compile)
-    limits = CPU_PASS, math.inf
+    cfg.block_size, cfg.total_batch_tokens = T, batch
+    cfg.learning_rate = cfg.learning_rate or rate
+    cfg.max_steps = cfg.max_steps or max(1, tokens // batch)
+    if cfg.compile is None:
+        cfg.compile = cuda
+    most_tokens, most_bytes = CPU_PASS, math.inf
     if cuda:
-        limits = GPU_PASS, FILLED * torch.cuda.get_device_properties(env.device).total_memory
-    largest = largest_pass(cfg, config, env.world_size, cfg.shard, *limits)
-    return dataclasses.replace(cfg, device_batch_size=cfg.device_batch_size or largest)
+        most_tokens = GPU_PASS
+        most_bytes = FILLED * torch.cuda.get_device_properties(env.device).total_memory
+    cfg.device_batch_size = cfg.device_batch_size or largest_pass(
+        cfg, config, env.world_size, cfg.shard, most_tokens, most_bytes)
+    return cfg
 
 
 def plan(cfg, config, n_params, flops, train_tokens):
@@ -205,32 +214,40 @@ def spiking(loss, grad_norm, usual_norm, step):
 # Scaling laws: what small runs say of a large one
 
 
+def fit_factors(terms):
+    """(E, A, B) (grid, 3) that bring terms (grid, runs, 3) nearest to 1, and the Huber loss left.
+
+    By least squares, ten times: a run that is off by more than HUBER weighs less the next time.
+    """
+    weights = np.ones((*terms.shape[:2], 1))                                    # (grid, runs, 1)
+    for _ in range(10):
+        factors = np.linalg.pinv(terms * weights) @ weights                     # (grid, 3, 1)
+        errors = np.abs(terms @ factors - 1)
+        weights = np.minimum(1, HUBER / errors.clip(1e-12)) ** 0.5
+    losses = np.where(errors < HUBER, errors ** 2 / 2, HUBER * (errors - HUBER / 2))
+    return factors[..., 0], losses.sum((1, 2))
+
+
 def fit_loss(sizes, tokens, losses):
     """(E, A, B, a, b) of L = E + A N^-a + B D^-b: Hoffmann et al. 2022, arXiv 2203.15556, eq. 10.
 
     sizes N, tokens D, losses L (nats): arrays, a number for each run. Huber's loss of relative
-    errors, which at this size are those of the logs. For given exponents L is linear in the other
-    three: so the exponents are searched on a grid that closes in, and the rest is least squares.
+    errors, which at this size are those of the logs. For given exponents L is linear in E, A and B:
+    so only the exponents are searched, on a grid of 15 x 15 that closes in on the best of them.
     Raises ValueError where no positive E, A and B fit.
     """
-    centre, width = np.array([0.6, 0.6]), 0.55
+    centre, width = np.array([0.6, 0.6]), 0.55    # of the grid
     for _ in range(8):
-        exponents = [np.linspace(c - width, c + width, 15) for c in centre]
-        a, b = (x.reshape(-1, 1) for x in np.meshgrid(*exponents))              # (grid, 1)
+        a, b = np.meshgrid(*(np.linspace(c - width, c + width, 15) for c in centre))
+        a, b = a.reshape(-1, 1), b.reshape(-1, 1)                               # (grid, 1)
         terms = np.stack([np.ones_like(sizes * a), sizes ** -a, tokens ** -b], 2)
-        terms = terms / losses[:, None]                                         # (grid, runs, 3)
-        weight = np.ones((*terms.shape[:2], 1))
-        for _ in range(10):    # Huber's loss by least squares, weighted anew
-            linear = np.linalg.pinv(terms * weight) @ weight                    # (grid, 3, 1)
-            error = np.abs(terms @ linear - 1)
-            weight = np.minimum(1, HUBER / error.clip(1e-12)) ** 0.5
-        cost = np.where(error < HUBER, error ** 2 / 2, HUBER * (error - HUBER / 2)).sum((1, 2))
-        cost[(linear.min((1, 2)) <= 0) | (a[:, 0] <= 0) | (b[:, 0] <= 0)] = math.inf
-        best = cost.argmin()
-        if cost[best] == math.inf:
+        factors, cost = fit_factors(terms / losses[:, None])    # (grid, runs, 3)
+        positive = (factors.min(1) > 0) & (a[:, 0] > 0) & (b[:, 0] > 0)
+        if not positive.any():
             raise ValueError("no law with positive terms fits these losses")
+        best = np.where(positive, cost, math.inf).argmin()
         centre, width = np.array([a[best, 0], b[best, 0]]), width / 3
-    return np.array([*linear[best, :, 0], *centre])
+    return np.array([*factors[best], *centre])
 
 
 def predicted(law, sizes, tokens):
@@ -279,25 +296,19 @@ def print_fit(cfg, n_params, tokens):
 def draw(sources, state, n):
     """The next n (source, index in that source): shares follow the weights as closely as they can.
 
-    state: taken and behind, how many each source has given and how many more are due, are updated.
+    With each window every source is due its share of it, and the one that is due most gives it.
+    state: taken and behind, windows that each source has given and that it is due, are updated.
     """
     total, picks = sum(s["weight"] for s in sources), []
     taken, behind = state["taken"], state["behind"]
     for _ in range(n):
         for i, s in enumerate(sources):
             behind[i] += s["weight"] / total
-        best = behind.index(max(behind))
-        picks.append((best, taken[best]))
-        taken[best] += 1
-        behind[best] -= 1
+        most = behind.index(max(behind))
+        picks.append((most, taken[most]))
+        taken[most] += 1
+        behind[most] -= 1
     return picks
-
-
-def get_batch(sources, picks, block_size, seed, device):
-    """Windows as ids (B, T) and targets (B, T), the same windows one token later."""
-    rows = [window(sources[s]["train"], block_size, i, (seed, s)) for s, i in picks]
-    batch = torch.from_numpy(np.stack(rows)).to(device)
-    return batch[:, :-1], batch[:, 1:]
 
 
 def documents(ids, enc):
@@ -314,30 +325,31 @@ def validate(model, sources, cfg, env):
     stride = T * math.ceil(sum(len(s["val"]) for s in sources) / EVAL_TOKENS)
     windows = [(n, i) for n, s in enumerate(sources) for i in range(0, len(s["val"]) - 1, stride)]
     per_rank = math.ceil(len(windows) / env.world_size)    # as many passes on all ranks
-    windows = windows[env.rank::env.world_size]
-    sizes = token_bytes(enc).to(env.device)
+    local = windows[env.rank::env.world_size]
+    n_bytes = token_bytes(enc).to(env.device)
     sums = torch.zeros(len(sources), 4, dtype=torch.float64)    # nats, tokens, those of text, bytes
     for start in range(0, per_rank, B):
         ids = torch.zeros(B, T + 1, dtype=torch.long)    # always of one shape: compiled once
-        mask, owner = torch.zeros(B, T), torch.zeros(B, dtype=torch.long)
-        for row, (n, i) in enumerate(windows[start:start + B]):
-            piece = torch.from_numpy(sources[n]["val"][i:i + T + 1].astype(np.int64))
-            ids[row, :len(piece)], mask[row, :len(piece) - 1], owner[row] = piece, 1, n
+        mask, source = torch.zeros(B, T), torch.zeros(B, dtype=torch.long)
+        for row, (n, i) in enumerate(local[start:start + B]):
+            text = torch.from_numpy(sources[n]["val"][i:i + T + 1].astype(np.int64))
+            ids[row, :len(text)], mask[row, :len(text) - 1], source[row] = text, 1, n
         ids, mask = ids.to(env.device), mask.to(env.device)
         x, y = ids[:, :-1], ids[:, 1:]
         with env.autocast():
             logits = model(x, documents(x, enc) if cfg.doc_mask else None)
-        nats, text = token_nats(logits, y) * mask, mask * (sizes[y] > 0)
-        parts = (nats, mask, nats * text, sizes[y] * text)
-        sums.index_add_(0, owner, torch.stack([part.sum(1).cpu().double() for part in parts], 1))
-    sums, found = sum_over_ranks(sums, env), {}
+        nats, is_text = token_nats(logits, y) * mask, mask * (n_bytes[y] > 0)
+        parts = (nats, mask, nats * is_text, n_bytes[y] * is_text)
+        sums.index_add_(0, source, torch.stack([x.sum(1).cpu().double() for x in parts], 1))
+    sums = sum_over_ranks(sums, env)
     totals = {"": sums.sum(0)}
     if len(sources) > 1:
         totals |= {f" {s['path']}": total for s, total in zip(sources, sums)}
-    for place, (nats, tokens, text_nats, n_bytes) in totals.items():
-        found["val_loss" + place] = (nats / tokens.clamp(min=1)).item()
-        found["val_bpb" + place] = (text_nats / math.log(2) / n_bytes.clamp(min=1)).item()
-    return found
+    metrics = {}
+    for place, (nats, tokens, text_nats, text_bytes) in totals.items():
+        metrics["val_loss" + place] = (nats / tokens.clamp(min=1)).item()
+        metrics["val_bpb" + place] = (text_nats / math.log(2) / text_bytes.clamp(min=1)).item()
+    return metrics
 
 
 def sample_text(model, sources, cfg, env):
@@ -369,20 +381,19 @@ def prepare_default(cfg, env):
         dist.barrier()
 
 
-# ------------------------------------------------------------------------------------------------
-# The run
-
-
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
     if not cfg.plan:
         check_out(cfg, "pretrain")
 
-    # model and data
+    # tokenizer, sizes and data
     prepare_default(cfg, env)
-    checkpoint = load_checkpoint(cfg.init, "python pretrain.py") if cfg.init else None
-    enc = encoding_from_dict(checkpoint["encoding"]) if checkpoint else None
-    enc = enc or open_tokens(cfg.data[0])["enc"]
+    checkpoint = None
+    if cfg.init:
+        checkpoint = load_checkpoint(cfg.init, "python pretrain.py")
+        enc = encoding_from_dict(checkpoint["encoding"])
+    else:
+        enc = open_tokens(cfg.data[0])["enc"]
     config = model_config(cfg, enc.n_vocab, checkpoint)
     T = cfg.block_size or min(LONGEST, config.block_size)
     sources = [open_tokens(spec, cfg.init or cfg.data[0], enc, T) for spec in cfg.data]
@@ -392,17 +403,23 @@ def main(cfg):
         train_tokens = int(min(len(s["train"]) * weights / s["weight"] for s in sources))
     if sum(len(s["val"]) for s in sources) < 2:
         fail(f"{cfg.data[0]} has no validation text; prepare it with a --val_fraction above 0")
-    model, windows = GPT(config), dataclasses.replace(config, block_size=T)
+
+    # model, and what follows from its size
+    model = GPT(config)
     n_params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token(T)
-    given = dataclasses.replace(cfg, depth=config.n_layer)
-    cfg = derive(given, windows, n_params, train_tokens, env)
+    given = dataclasses.replace(cfg, depth=config.n_layer)    # is saved; cfg: with what follows
+    cfg = derive(given, dataclasses.replace(config, block_size=T), n_params, train_tokens, env)
+    max_steps, learning_rate = cfg.max_steps, cfg.learning_rate
     plan(cfg, config, n_params, flops, train_tokens)
     if cfg.fit:
-        print_fit(cfg, n_params, cfg.max_steps * cfg.total_batch_tokens)
+        print_fit(cfg, n_params, max_steps * cfg.total_batch_tokens)
     if cfg.plan:
         return
     if checkpoint:
         load_weights(model, checkpoint["weights"])
+    model.recompute = cfg.recompute
+    torch.backends.cuda.enable_cudnn_sdp(True)    # all passes are of one shape
+
     if cfg.shard == "fsdp":    # from the CPU, block by block: no device ever holds the whole
         if env.world_size == 1:
             fail("--shard fsdp divides the model among processes and this is the only one: start "
@@ -411,75 +428,72 @@ def main(cfg):
         policy = MixedPrecisionPolicy(env.dtype, torch.float32)    # gathers bf16, sums float32
         for module in (*model.blocks, model):
             fully_shard(module, mp_policy=policy, reshard_after_forward=True)
+        wrapped = compiled(model) if cfg.compile else model
     else:
         model.to(env.device)
-    model.recompute = cfg.recompute
-    torch.backends.cuda.enable_cudnn_sdp(True)    # all passes are of one shape
-    wrapped = compiled(model) if cfg.compile else model
-    if cfg.shard == "none":
-        wrapped = parallel(wrapped, env)
-    optimizers = make_optimizers(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay,
-                                 env.dtype)
-
+        wrapped = parallel(compiled(model) if cfg.compile else model, env)
+    optimizers = make_optimizers(model, cfg.optimizer, learning_rate, cfg.weight_decay, env.dtype)
     # state: everything a resumed run needs besides weights and moments
-    state = resume(given, model, optimizers, cfg.max_steps, taken=[0] * len(sources),
+    state = resume(given, model, optimizers, max_steps, taken=[0] * len(sources),
                    behind=[0.0] * len(sources), usual_norm=None, skipped=0, in_row=0)
     if len(state["taken"]) != len(sources):
         fail(f"--resume: {cfg.out} has read {len(state['taken'])} folders so far, now --data has "
              f"{len(sources)}; start a new run from it with --init")
-    log, mfu = Log(cfg, state["step"], cfg.max_steps), flops / peak_flops(env)
+    log, mfu = Log(cfg, state["step"], max_steps), flops / peak_flops(env)
 
-    micro_steps = cfg.total_batch_tokens // (T * cfg.device_batch_size * env.world_size)
     started = time.perf_counter() - state["seconds"]
-    for step in range(state["step"], cfg.max_steps + 1):
+    for step in range(state["step"], max_steps + 1):
         state.update(step=step, seconds=time.perf_counter() - started)
-        last = step == cfg.max_steps
+        last = step == max_steps
 
         if last or step and step % cfg.eval_every == 0:
             metrics = validate(wrapped, sources, cfg, env)
             log(step, metrics, sample_text(model, sources, cfg, env), **metrics,
-                parameters=n_params, tokens=step * cfg.total_batch_tokens,
-                max_steps=cfg.max_steps, seconds=state["seconds"])
+                parameters=n_params, tokens=step * cfg.total_batch_tokens, max_steps=max_steps,
+                seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
             save_checkpoint(cfg.out, model, "pretrain", step, enc, given, state, optimizers)
         if last:
             break
 
-        lr = cosine_lr((step + 0.5) / cfg.max_steps, cfg.warmup, cfg.learning_rate,
-                       cfg.min_lr * cfg.learning_rate)
+        lr = cosine_lr((step + 0.5) / max_steps, cfg.warmup, learning_rate,
+                       cfg.min_lr * learning_rate)
         for opt in optimizers:
             for group in opt.param_groups:
                 group["lr"] = lr
 
         step_started = time.perf_counter()
-        loss = torch.zeros((), device=env.device)
         picks = draw(sources, state, cfg.total_batch_tokens // T)
-        for micro in range(micro_steps):
-            start = (micro * env.world_size + env.rank) * cfg.device_batch_size
-            x, y = get_batch(sources, picks[start:start + cfg.device_batch_size], T, cfg.seed,
-                             env.device)                                          # (B, T) each
-            last_pass = micro == micro_steps - 1
+        total, stride = torch.zeros((), device=env.device), env.world_size * cfg.device_batch_size
+        for start in range(env.rank * cfg.device_batch_size, len(picks), stride):
+            part = picks[start:start + cfg.device_batch_size]
+            rows = [window(sources[n]["train"], T, i, (cfg.seed, n)) for n, i in part]
+            ids = torch.from_numpy(np.stack(rows)).to(env.device)                   # (B, T + 1)
+            x, y = ids[:, :-1], ids[:, 1:]
+            last_pass = start + stride >= len(picks)
             if cfg.shard == "fsdp":    # exchange gradients once, after the last pass
                 model.set_requires_gradient_sync(last_pass)
             elif env.world_size > 1:
                 wrapped.require_backward_grad_sync = last_pass
             with env.autocast():
-                logits = wrapped(x, documents(x, enc) if cfg.doc_mask else None)  # (B, T, V)
-            part = token_nats(logits, y).sum() / cfg.total_batch_tokens
-            (part * env.world_size).backward()    # because ranks average gradients
-            loss += part.detach()
-        loss = sum_over_ranks(loss, env).item()
+                logits = wrapped(x, documents(x, enc) if cfg.doc_mask else None)    # (B, T, V)
+            loss = token_nats(logits, y).sum() / cfg.total_batch_tokens
+            (loss * env.world_size).backward()    # because ranks average gradients
+            total += loss.detach()
+        loss = sum_over_ranks(total, env).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         grad_norm = (grad_norm.full_tensor() if cfg.shard == "fsdp" else grad_norm).item()
 
-        skip, usual = spiking(loss, grad_norm, state["usual_norm"], step), state["usual_norm"]
+        skip = spiking(loss, grad_norm, state["usual_norm"], step)
         for opt in optimizers:
             if not skip:
                 opt.step()
             opt.zero_grad()
+        state["skipped"] += skip
+        state["in_row"] = state["in_row"] + 1 if skip else 0
         if not skip:
+            usual = state["usual_norm"]
             state["usual_norm"] = grad_norm if usual is None else 0.95 * usual + 0.05 * grad_norm
-        state.update(skipped=state["skipped"] + skip, in_row=skip * (state["in_row"] + 1))
         if state["in_row"] == MAX_SKIPS:
             fail(f"{MAX_SKIPS} steps in a row were non-finite or spiking, the last at step {step} "
                  f"on windows {[i for _, i in picks[:4]]}... of {cfg.data[picks[0][0]]}: lower "
@@ -490,8 +504,8 @@ def main(cfg):
         log(step, SHOWN if step % 10 == 0 or skip else (), loss=loss, lr=lr, grad_norm=grad_norm,
             tokens_per_second=rate, mfu=rate * mfu, seconds=seconds, skipped=state["skipped"])
 
-    print0(f"done: {cfg.out}: {step:,} steps, {step * cfg.total_batch_tokens:,} tokens in "
-           f"{duration(state['seconds'])}, {state['skipped']} steps skipped, "
+    print0(f"done: {cfg.out}: {max_steps:,} steps, {max_steps * cfg.total_batch_tokens:,} tokens "
+           f"in {duration(state['seconds'])}, {state['skipped']} steps skipped, "
            f"at most {peak_memory(env)}")
     return metrics
 

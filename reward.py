@@ -97,20 +97,15 @@ def reward_loss(chosen, rejected, margin=0.0, probability=1.0, eta=0.0):
     return loss + eta * (chosen + rejected).square()
 
 
-def columns(pairs, *names):
-    """The numbers of pairs under these names, a tensor (B,) each."""
-    return [torch.tensor([float(pair[name]) for pair in pairs]) for name in names]
-
-
 # ------------------------------------------------------------------------------------------------
 # AI feedback
 
 
-def two_answers(policy, prompts, enc, cfg, env):
-    """[(text, text)] sampled from the policy for each (number, prompt of load_prompts)."""
-    asked = [prompt["ids"] for _, prompt in prompts for _ in range(2)]
-    seeds = [cfg.seed * 1_000_003 + 2 * n + side for n, _ in prompts for side in range(2)]
+def two_answers(policy, prompts, numbers, enc, cfg, env):
+    """[(text, text)]: two sampled answers to each of the prompts with these numbers."""
     end = enc._special_tokens[IM_END]
+    asked = [prompts[n]["ids"] for n in numbers for _ in range(2)]
+    seeds = [cfg.seed * 1_000_003 + 2 * n + i for n in numbers for i in range(2)]
     with env.autocast():
         found = complete(policy, asked, ANSWER_TOKENS, 4 * cfg.device_batch_size, seeds,
                          stop_ids=[end])
@@ -139,38 +134,42 @@ def feedback(policy, enc, cfg, env):
     prompts = load_prompts(cfg.prompts, enc, policy.config.block_size - ANSWER_TOKENS)
     judge, judge_enc = load_language_model(cfg.feedback, "python sft.py", env.device)
     gold = None if cfg.gold == "none" else load_function("gold", cfg.gold)
-    principles, rows, requests, asked = load_principles(cfg.constitution), [], [], []
-    answers = share_out(lambda part: two_answers(policy, part, enc, cfg, env),
-                        list(enumerate(prompts)), env)
-    for n, (prompt, (first, second)) in enumerate(zip(prompts, answers)):
+    principles = load_principles(cfg.constitution)
+
+    answers = share_out(lambda numbers: two_answers(policy, prompts, numbers, enc, cfg, env),
+                        range(len(prompts)), env)
+    asked, rows, requests = [], [], []    # a request for each order of the two answers
+    for n, (first, second) in enumerate(answers):
         if first == second or not (first and second):
             continue
-        principle = principles[(n + cfg.seed) % len(principles)]
-        said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt["messages"])
-        asked.append(prompt)
-        rows.append(dict(prompt=prompt["messages"], chosen=first, rejected=second,
-                         principle=principle, source="feedback"))
+        messages, principle = prompts[n]["messages"], principles[(n + cfg.seed) % len(principles)]
+        said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
+        asked.append(prompts[n])
+        rows.append(dict(prompt=messages, chosen=first, rejected=second, principle=principle))
         for a, b in ((first, second), (second, first)):
             requests.append(JUDGED.format(principle=principle, conversation=said, a=a, b=b))
     if not rows:
         fail(f"--feedback: {cfg.init} gives the same or no answer to all prompts")
+
     found = share_out(lambda part: prefers_a(judge, part, judge_enc, cfg, env), requests, env)
-    p = torch.tensor(found).view(-1, 2)    # of each pair, in both orders
-    letter_a, better = (p > 0.5).float().mean().item(), torch.stack([p[:, 0], 1 - p[:, 1]], 1)
-    consistent = ((better > 0.5).sum(1) != 1).float().mean().item()
+    p = torch.tensor(found).view(-1, 2)    # p(A): with the first answer as A, and with the second
+    first_is_better = torch.stack([p[:, 0], 1 - p[:, 1]], 1)
+    votes, letter_a = first_is_better > 0.5, (p > 0.5).float().mean().item()
+    consistent = (votes[:, 0] == votes[:, 1]).float().mean().item()
     print0(f"{cfg.feedback} judged {len(rows)} pairs: the same in both orders {consistent:.1%}, "
            f"prefers A in {letter_a:.1%}")
-    better, one_sided = better.mean(1), max(letter_a, 1 - letter_a) > ONE_SIDED
+    one_sided = max(letter_a, 1 - letter_a) > ONE_SIDED
     if one_sided:
         print0("USELESS: it goes by the position, and the labels say little")
+    probability = first_is_better.mean(1)
     if gold:
         first, second = (torch.tensor(gold(asked, [row[side] for row in rows]))
                          for side in ("chosen", "rejected"))
         told = (first > second) | (first < second)    # the others are equally good or not graded
-        right = ((better > 0.5) == (first > second))[told].float().mean().item()
+        right = ((probability > 0.5) == (first > second))[told].float().mean().item()
         print0(f"it agrees with {cfg.gold} on {right:.1%} of {int(told.sum())} unequal pairs")
-    for row, probability in zip(rows, better.tolist()):
-        row.update(probability=probability, source="position" if one_sided else "feedback")
+    for row, p in zip(rows, probability.tolist()):
+        row.update(source="position" if one_sided else "feedback", probability=p)
     return write_rows(beside(cfg.out, ".feedback.jsonl"), rows, env)
 
 
@@ -188,17 +187,11 @@ def validate(model, pairs, pad_id, cfg, env):
     """(loss and accuracy (strictly greater) on held-out pairs, scores of chosen, of rejected)"""
     texts = [pair[name] for name in ("chosen", "rejected") for pair in pairs]
     chosen, rejected = score_over_ranks(model, texts, pad_id, cfg, env).chunk(2)    # (N,) each
-    losses = reward_loss(chosen, rejected, *columns(pairs, "margin", "probability"))
-    metrics = dict(val_loss=losses, val_accuracy=(chosen > rejected).float(),
-                   val_margin=chosen - rejected)
+    margins = torch.tensor([pair["margin"] for pair in pairs])
+    probabilities = torch.tensor([pair["probability"] for pair in pairs])
+    metrics = dict(val_loss=reward_loss(chosen, rejected, margins, probabilities),
+                   val_accuracy=(chosen > rejected).float(), val_margin=chosen - rejected)
     return {name: x.mean().item() for name, x in metrics.items()}, chosen, rejected
-
-
-def length_only(lengths_chosen, lengths_rejected):
-    """The best that a judge could do on these pairs who looks at nothing but the length."""
-    longer = (lengths_chosen > lengths_rejected).float().mean().item()
-    shorter = (lengths_chosen < lengths_rejected).float().mean().item()
-    return max(longer, shorter) + (1 - longer - shorter) / 2
 
 
 def spoiled(pairs, end, block_size):
@@ -219,17 +212,23 @@ def verdict(model, pairs, enc, cfg, env):
     metrics, chosen, rejected = validate(model, pairs, pad_id, cfg, env)
     right = chosen > rejected
     low, high = wilson(right.sum().item(), len(pairs))
-    lengths = [torch.tensor([float(len(pair[name]) - pair["n_prompt"]) for pair in pairs])
-               for name in ("chosen", "rejected")]
-    by_length, by_source = length_only(*lengths), {}
+    by_source = {}
     for source in sorted({pair["source"] for pair in pairs}):
         of_it = [i for i, pair in enumerate(pairs) if pair["source"] == source]
         by_source[source] = [right[of_it].float().mean().item(), len(of_it)]
-    both = torch.stack([torch.cat([chosen, rejected]), torch.cat(lengths)])
+
+    n_prompt = torch.tensor([float(pair["n_prompt"]) for pair in pairs])
+    n_chosen = torch.tensor([len(pair["chosen"]) for pair in pairs]) - n_prompt
+    n_rejected = torch.tensor([len(pair["rejected"]) for pair in pairs]) - n_prompt
+    longer = (n_chosen > n_rejected).float().mean().item()
+    shorter = (n_chosen < n_rejected).float().mean().item()
+    by_length = max(longer, shorter) + (1 - longer - shorter) / 2    # the best by length alone
+    both = torch.stack([torch.cat([chosen, rejected]), torch.cat([n_chosen, n_rejected])])
     follows = torch.corrcoef(both)[0, 1].nan_to_num(0.0).item()    # 0 where one does not vary
-    texts = spoiled(pairs[:200], end, model.config.block_size)
-    scores = {name: score_over_ranks(model, some, pad_id, cfg, env).mean().item()
-              for name, some in texts.items()}
+
+    scores = {}
+    for name, texts in spoiled(pairs[:200], end, model.config.block_size).items():
+        scores[name] = score_over_ranks(model, texts, pad_id, cfg, env).mean().item()
     unfit = [f"{name} answers score better than good ones" for name, score in scores.items()
              if name != "good" and score >= scores["good"]]
     if low <= max(0.5, by_length):
@@ -254,10 +253,6 @@ def print_verdict(found, n):
         print0("  NOT FIT to guide RL: " + "; ".join(found["unfit"]))
     else:
         print0("  fit to guide RL, as far as these pairs can tell")
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
 
 
 def main(cfg):
@@ -310,27 +305,27 @@ def main(cfg):
             for group in opt.param_groups:
                 group["lr"] = lr
 
-        batch = []
-        for n in range(step * cfg.batch_size, (step + 1) * cfg.batch_size):
-            batch.append(train[nth_of_epochs(len(train), n, cfg.seed)])
-        local = batch[env.rank::env.world_size]
+        numbers = range(step * cfg.batch_size + env.rank, (step + 1) * cfg.batch_size,
+                        env.world_size)
+        local = [train[nth_of_epochs(len(train), n, cfg.seed)] for n in numbers]
         sums = torch.zeros(4, device=env.device)    # loss, accuracy, margin, score
         for start in range(0, len(local), cfg.device_batch_size):
             part = local[start:start + cfg.device_batch_size]
-            if env.world_size > 1:    # exchange gradients once, after the last micro-step
+            if env.world_size > 1:    # exchange gradients once, after the last pass
                 wrapped.require_backward_grad_sync = start + cfg.device_batch_size >= len(local)
             # both answers in one forward: DDP allows one
             texts = [pair[name] for name in ("chosen", "rejected") for pair in part]
             scores = score_texts(wrapped, texts, pad_id, env)
             chosen, rejected = scores.chunk(2)                                      # (B,) each
-            margin, probability = (x.to(env.device) for x in columns(part, "margin", "probability"))
-            losses = reward_loss(chosen, rejected, margin, probability, cfg.eta)
+            margins = torch.tensor([pair["margin"] for pair in part], device=env.device)
+            probabilities = torch.tensor([pair["probability"] for pair in part], device=env.device)
+            losses = reward_loss(chosen, rejected, margins, probabilities, cfg.eta)
             loss = losses.sum() / cfg.batch_size
             (loss * env.world_size).backward()    # because ranks average gradients
             with torch.no_grad():
                 sums += torch.stack([losses.sum(), (chosen > rejected).sum(),
                                      (chosen - rejected).sum(), scores.sum() / 2]) / cfg.batch_size
-        loss, accuracy, margin, mean = sum_over_ranks(sums, env).tolist()
+        loss, accuracy, margin, score = sum_over_ranks(sums, env).tolist()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
         if not math.isfinite(loss + grad_norm):
             fail(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning_rate. "
@@ -341,7 +336,7 @@ def main(cfg):
 
         seconds = time.perf_counter() - started
         log(step, SHOWN if step % 10 == 0 else (), loss=loss, accuracy=accuracy, margin=margin,
-            score=mean, lr=lr, grad_norm=grad_norm, seconds=seconds)
+            score=score, lr=lr, grad_norm=grad_norm, seconds=seconds)
 
     found = verdict(model, held_out, enc, cfg, env)
     print_verdict(found, len(held_out))

@@ -195,39 +195,37 @@ def rollout(policy, prompts, seeds, judges, enc, cfg, env, temperature):
     unanswered (B,), and answers (texts). judges: (reward, gold); gold is NaN where it cannot judge,
     unanswered (has no "#### n") where that is not the form of the right answer."""
     end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
-    n = 4 * cfg.device_batch_size    # without gradients four times as many rows fit
-    with env.autocast():
-        found = complete(policy, [p["ids"] for p in prompts], cfg.max_new_tokens, n, seeds,
+    asked = [prompt["ids"] for prompt in prompts]
+    with env.autocast():    # without gradients four times as many rows fit
+        found = complete(policy, asked, cfg.max_new_tokens, 4 * cfg.device_batch_size, seeds,
                          temperature=temperature, stop_ids=[end])
-    rows = [[(p["ids"] + ids, [0] * len(p["ids"]) + [1] * len(ids))]
-            for p, ids in zip(prompts, found)]
+    rows, texts, answers, stopped, unanswered = [], [], [], [], []
+    for prompt, ids in zip(prompts, found):
+        texts.append(prompt["ids"] + ids)
+        rows.append([(texts[-1], [0] * len(prompt["ids"]) + [1] * len(ids))])
+        answers.append(enc.decode([i for i in ids if i != end]))
+        stopped.append(ids[-1] == end)
+        asks_number = "####" in str(prompt["row"].get("answer"))
+        unanswered.append(float("####" not in answers[-1]) if asks_number else math.nan)
     ids, mask, _ = collate(rows, pad_id, env.device)                                # (B, T)
-    texts = [text for (text, _), in rows]
-    answers = [enc.decode([i for i in ids if i != end]) for ids in found]
     reward, gold = judges
     if isinstance(reward, ScalarHead):
         scores = score_all(reward, texts, pad_id, cfg.device_batch_size, env)
     else:
         scores = reward(prompts, answers)
-    stopped = torch.tensor([ids[-1] == end for ids in found], device=env.device)
-    scores = torch.tensor(scores, device=env.device)
-    unanswered = torch.tensor([
-        float("####" not in answer) if "####" in str(p["row"].get("answer")) else math.nan
-        for p, answer in zip(prompts, answers)], device=env.device)
-    gold = torch.tensor(gold(prompts, answers) if gold else [math.nan] * len(prompts))
+    golds = gold(prompts, answers) if gold else [math.nan] * len(prompts)
+    scores, golds, stopped, unanswered = (
+        torch.tensor(x, device=env.device) for x in (scores, golds, stopped, unanswered))
     return dict(ids=ids, mask=mask, lengths=torch.tensor([len(text) for text in texts]),
-                scores=scores.where(stopped, cfg.unfinished), stopped=stopped.float(),
-                gold=gold.to(env.device) * stopped, unanswered=unanswered, answers=answers)
-
-
-FIELDS = ("ids", "mask", "old_logprobs", "ref_logprobs", "old_values", "advantages", "returns",
-          "counted")
+                scores=scores.where(stopped, cfg.unfinished), gold=golds * stopped,
+                stopped=stopped.float(), unanswered=unanswered, answers=answers)
 
 
 def take(batch, rows):
-    """The (B, T) fields of these rows, without the columns behind the longest of them."""
+    """The (B, T) tensors of these rows, without the columns behind the longest of them."""
     width = int(batch["lengths"][rows].max())
-    return {name: batch[name][rows, :width] for name in FIELDS if name in batch}
+    tensors = {name: x for name, x in batch.items() if name != "answers"}
+    return {name: x[rows, :width] for name, x in tensors.items() if x.dim() == 2}
 
 
 def answer_logprobs(model, part, temperature, env):
@@ -273,10 +271,11 @@ def score_rollout(policy, reference, critic, batch, cfg, env):
         part = take(batch, rows)
         width = part["ids"].shape[1]
         if not updated_once(cfg):
-            remember(batch, rows, *answer_logprobs(policy, part, cfg.temperature, env), cfg)
+            logprobs, logits = answer_logprobs(policy, part, cfg.temperature, env)
+            remember(batch, rows, logprobs, logits, cfg)
         with adapters_off(reference):
-            batch["ref_logprobs"][rows, :width], _ = answer_logprobs(reference, part,
-                                                                     cfg.temperature, env)
+            ref_logprobs, _ = answer_logprobs(reference, part, cfg.temperature, env)
+        batch["ref_logprobs"][rows, :width] = ref_logprobs
         if critic:
             batch["old_values"][rows, :width] = answer_values(critic, part, env)
 
@@ -312,57 +311,55 @@ def minibatches(lengths, step, cfg, env):
     Of neighbouring answers each minibatch gets one: the same ones on any number of ranks.
     """
     rng = np.random.default_rng((cfg.seed, step))
-    hands = np.tile(np.arange(cfg.minibatches), (cfg.batch_size // cfg.minibatches, 1))
+    numbers = np.tile(np.arange(cfg.minibatches), (cfg.batch_size // cfg.minibatches, 1))
     for _ in range(cfg.epochs):
-        dealt = torch.from_numpy(rng.permuted(hands, axis=1)).view(env.world_size, -1)
+        minibatch_of = torch.from_numpy(rng.permuted(numbers, axis=1)).view(env.world_size, -1)
         for number in range(cfg.minibatches):
-            rows = (dealt[env.rank] == number).nonzero()[:, 0]
+            rows = (minibatch_of[env.rank] == number).nonzero()[:, 0]
             yield rows[lengths[rows].argsort()]    # short ones with short ones
 
 
 NAMES = ("policy_loss", "kl_loss", "value_loss", "approx_kl", "clip_fraction", "ratio")
 
 
-def backward(policy, critic, batch, rows, cfg, env):
-    """Gradients of one minibatch, over all ranks; its sums under NAMES (6,), over all ranks."""
-    counted = batch["counted"][rows]
-    n_tokens, n_rows = sum_over_ranks(torch.stack(
-        [counted.sum(), counted.any(1).sum()]).cpu(), env).clamp(min=1).tolist()
+def backward(policy, critic, batch, minibatch, cfg, env):
+    """Gradients of one minibatch (rows), over all ranks; its sums under NAMES, over all ranks."""
+    counted = batch["counted"][minibatch]
+    counts = torch.stack([counted.sum(), counted.any(1).sum()]).cpu()
+    n_tokens, n_rows = sum_over_ranks(counts, env).clamp(min=1).tolist()
     sums = torch.zeros(len(NAMES), dtype=torch.float64)
-    for part in rows.split(cfg.device_batch_size):
-        for module in (policy, critic) if env.world_size > 1 else ():
-            if module:    # exchange gradients once, after the last part
-                module.require_backward_grad_sync = bool(part[-1] == rows[-1])
-        b = take(batch, part)
-        share = b["counted"] / n_tokens
-        weights = token_weights(b["counted"], cfg.reduction, n_rows, n_tokens, cfg.max_new_tokens)
-        logprobs, logits = answer_logprobs(policy, b, cfg.temperature, env)
+    for rows in minibatch.split(cfg.device_batch_size):
+        if env.world_size > 1:    # exchange gradients once, after the last pass
+            for module in filter(None, (policy, critic)):
+                module.require_backward_grad_sync = bool(rows[-1] == minibatch[-1])
+        part = take(batch, rows)
+        logprobs, logits = answer_logprobs(policy, part, cfg.temperature, env)
         if updated_once(cfg):
-            remember(batch, part, logprobs, logits, cfg)
-            b = take(batch, part)
-        surrogate = policy_loss(logprobs, b["old_logprobs"], b["advantages"], cfg.clip_low,
+            remember(batch, rows, logprobs, logits, cfg)
+            part = take(batch, rows)
+        weights = token_weights(part["counted"], cfg.reduction, n_rows, n_tokens,
+                                cfg.max_new_tokens)
+        share = part["counted"] / n_tokens
+        surrogate = policy_loss(logprobs, part["old_logprobs"], part["advantages"], cfg.clip_low,
                                 cfg.clip_high)
         # the losses: the second of two places where the algorithms differ
         penalty, errors = torch.zeros_like(surrogate), torch.zeros_like(surrogate)
         if cfg.algo == "grpo":    # of ppo it is in the rewards
-            penalty = cfg.kl_coef * k3(logprobs, b["ref_logprobs"])
+            penalty = cfg.kl_coef * k3(logprobs, part["ref_logprobs"])
         else:
-            values = answer_values(critic, b, env)
-            errors = value_loss(values, b["old_values"], b["returns"], VALUE_CLIP)
+            values = answer_values(critic, part, env)
+            errors = value_loss(values, part["old_values"], part["returns"], VALUE_CLIP)
         losses = torch.stack([(weights * surrogate).sum(), (weights * penalty).sum(),
                               (share * errors).sum()])
-        (losses.sum() * env.world_size).backward()    # because ranks average gradients
+        loss = losses.sum()
+        (loss * env.world_size).backward()    # because ranks average gradients
         with torch.no_grad():
-            move = logprobs - b["old_logprobs"]
+            move = logprobs - part["old_logprobs"]
             ratio = move.exp()
             outside = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
             watched = torch.stack([0.5 * move.square(), outside, ratio])            # (3, B, T)
             sums += torch.cat([losses, (share * watched).sum((1, 2))]).double().cpu()
     return dict(zip(NAMES, sum_over_ranks(sums, env).tolist()))
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
 
 
 def main(cfg):
@@ -375,41 +372,45 @@ def main(cfg):
         fail(f"--batch_size {cfg.batch_size} is not a multiple of {unit}, for {env.world_size} "
              f"ranks, {group_size} answers a prompt and {cfg.minibatches} minibatches")
 
-    # models: policy, reference, reward, critic
-    def fresh():
-        return load_language_model(cfg.init, "python sft.py", env.device)[0]
-
+    # models: policy, reward, critic, reference
     model, enc = load_language_model(cfg.init, "python sft.py", env.device)
     T, critic_model = model.config.block_size, None
-    reward = (load_function("reward", cfg.reward) if ".py:" in cfg.reward else
-              load_judge(cfg.reward, enc, T, env))
+    if ".py:" in cfg.reward:
+        reward = load_function("reward", cfg.reward)
+    else:
+        reward = load_judge(cfg.reward, enc, T, env)
     gold = None if cfg.gold == "none" else load_function("gold", cfg.gold)
     judges = reward, gold
     if cfg.algo == "ppo":
-        copied = isinstance(reward, ScalarHead)
-        critic_model = copy.deepcopy(reward) if copied else ScalarHead(fresh()).to(env.device)
-        critic_model.requires_grad_(True)
+        if isinstance(reward, ScalarHead):
+            critic_model = copy.deepcopy(reward).requires_grad_(True)
+        else:
+            gpt, _ = load_language_model(cfg.init, "python sft.py", env.device)
+            critic_model = ScalarHead(gpt).to(env.device)
         critic_model.gpt.recompute = cfg.recompute
-    model.recompute = cfg.recompute
-    if cfg.lora_rank:    # the reference is the policy without its adapters
+    reference = model
+    if cfg.lora_rank:    # the policy without its adapters
         for module in filter(None, (model, critic_model)):
             add_lora(module, cfg.lora_rank)
-    reference = model if cfg.lora_rank else fresh().requires_grad_(False)
+    else:
+        reference, _ = load_language_model(cfg.init, "python sft.py", env.device)
+    model.recompute = cfg.recompute
 
     # data
     prompts = load_prompts(cfg.data, enc, T - cfg.max_new_tokens)
     train, held_out = split_by_prompt(prompts, cfg.val_fraction, cfg.seed, HELD_OUT)
-    max_steps, scale = cfg.max_steps or dict(ppo=16, grpo=24)[cfg.algo], 192 / model.config.n_embd
+    max_steps = cfg.max_steps or dict(ppo=16, grpo=24)[cfg.algo]
+    learning_rate = cfg.learning_rate or 6e-5 * 192 / model.config.n_embd
+    value_learning_rate = cfg.value_learning_rate or 3e-4 * 192 / model.config.n_embd
     print0(f"data: {len(train)} prompts, {len(held_out)} held out; {max_steps} rollouts x "
            f"{cfg.batch_size // group_size} prompts x {group_size} answers, {cfg.epochs} epochs x "
            f"{cfg.minibatches} minibatches")
 
-    policy, critic = parallel(model, env), critic_model and parallel(critic_model, env)
-    optimizers = make_optimizers(model, "adamw", cfg.learning_rate or 6e-5 * scale)
-    if critic:
-        optimizers += make_optimizers(critic_model, "adamw",
-                                      cfg.value_learning_rate or 3e-4 * scale)
-    peaks = [opt.param_groups[0]["lr"] for opt in optimizers]
+    policy, critic = parallel(model, env), None
+    optimizers = make_optimizers(model, "adamw", learning_rate)
+    if critic_model:
+        critic = parallel(critic_model, env)
+        optimizers += make_optimizers(critic_model, "adamw", value_learning_rate)
     state = resume(cfg, model, optimizers, max_steps)
     if critic_weights := state.pop("critic", None):
         critic_model.load_state_dict(critic_weights)
@@ -429,23 +430,22 @@ def main(cfg):
         if last:
             break
 
-        for opt, peak in zip(optimizers, peaks):
+        for opt, peak in zip(optimizers, (learning_rate, value_learning_rate)):
             lr = cosine_lr((step + 0.5) / max_steps, 0.0, peak, 0.1 * peak)
             for group in opt.param_groups:
                 group["lr"] = lr
 
         # rollout: whole groups on one rank; answer n of the run has its own seed
-        first, n_groups = step * cfg.batch_size + env.rank * per_rank, per_rank // group_size
-        groups = [first // group_size + i for i in range(n_groups)]
-        chosen = [train[nth_of_epochs(len(train), n, cfg.seed)]
-                  for n in groups for _ in range(group_size)]
-        seeds = [cfg.seed * 1_000_003 + n for n in range(first, first + per_rank)]
-        batch = rollout(model, chosen, seeds, judges, enc, cfg, env, cfg.temperature)
+        first = step * cfg.batch_size + env.rank * per_rank
+        numbers = range(first, first + per_rank)
+        local = [train[nth_of_epochs(len(train), n // group_size, cfg.seed)] for n in numbers]
+        seeds = [cfg.seed * 1_000_003 + n for n in numbers]
+        batch = rollout(model, local, seeds, judges, enc, cfg, env, cfg.temperature)
         score_rollout(policy, reference, critic, batch, cfg, env)
         mask, scores = batch["mask"], batch["scores"]
 
         # advantages: the first of two places where the algorithms differ
-        row, batch["counted"] = {}, mask    # counted: the tokens that the update learns from
+        row, batch["counted"] = {}, mask    # the tokens that the update learns from
         if cfg.algo == "ppo":
             final = mask * (mask.cumsum(1) == mask.sum(1, keepdim=True))    # the last token
             kl = batch["old_logprobs"] - batch["ref_logprobs"]                      # k1, (B, T)
@@ -466,7 +466,8 @@ def main(cfg):
         sums, n_updates, stopped_early = dict.fromkeys(NAMES, 0.0), 0, 0
         for rows in minibatches(batch["lengths"], step, cfg, env):    # flat, over all epochs
             found = backward(policy, critic, batch, rows, cfg, env)
-            sums, n_updates = {k: sums[k] + found[k] for k in NAMES}, n_updates + 1
+            sums = {name: sums[name] + found[name] for name in NAMES}
+            n_updates += 1
             norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.grad_clip).item()
                      for module in (model, critic_model) if module]
             if not math.isfinite(found["approx_kl"] + sum(norms)):

@@ -108,9 +108,8 @@ def pack_rows(lengths, width, seed):
     rows, room = [], []
     for i in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         recent = range(max(0, len(rows) - 64), len(rows))
-        n = next((n for n in recent if room[n] >= lengths[i]), None)
-        if n is None:
-            n = len(rows)
+        n = next((n for n in recent if room[n] >= lengths[i]), len(rows))
+        if n == len(rows):
             rows.append([])
             room.append(width)
         rows[n].append(i)
@@ -118,33 +117,40 @@ def pack_rows(lengths, width, seed):
     return rows
 
 
+def reply(model, talks, enc, cfg, env):
+    """Let the model speak next, greedily, in each of these talks (lists of messages)."""
+    end, room = enc._special_tokens[IM_END], model.config.block_size - SAMPLE_TOKENS
+    chats = [render_chat(enc, talk, reply=True)[0][-room:] for talk in talks]
+    with env.autocast():
+        found = complete(model, chats, SAMPLE_TOKENS, 4 * cfg.device_batch_size, temperature=0,
+                         stop_ids=[end])
+    for talk, ids in zip(talks, found):
+        said = enc.decode([i for i in ids if i != end])
+        talk.append(dict(role="assistant", content=said))
+
+
 def revisions(model, enc, cfg, env):
     """Let the model answer, criticise its answer by a principle and answer again (Bai et al. 2022,
     arXiv 2212.08073, 3); write the last answers as demonstrations, return their file."""
     prompts = load_prompts(cfg.revise, enc, model.config.block_size // 2)
-    principles, end = load_principles(cfg.constitution), enc._special_tokens[IM_END]
+    principles = load_principles(cfg.constitution)
 
-    def talk(part):
-        texts = [([*prompt["messages"]], principles[(n + cfg.seed) % len(principles)])
-                 for n, prompt in part]
-        for ask in ("", CRITIQUE, REVISION):
-            for turns, principle in texts if ask else ():
-                turns.append(dict(role="user", content=ask.format(principle=principle)))
-            chats = [render_chat(enc, turns, reply=True)[0] for turns, _ in texts]
-            chats = [ids[-(model.config.block_size - SAMPLE_TOKENS):] for ids in chats]
-            with env.autocast():
-                found = complete(model, chats, SAMPLE_TOKENS, 4 * cfg.device_batch_size,
-                                 temperature=0, stop_ids=[end])
-            for (turns, _), ids in zip(texts, found):
-                said = enc.decode([i for i in ids if i != end])
-                turns.append(dict(role="assistant", content=said))
-        return [turns for turns, _ in texts]
+    def revise(part):
+        talks = [[*prompts[n]["messages"]] for n in part]
+        reply(model, talks, enc, cfg, env)
+        for question in (CRITIQUE, REVISION):
+            for n, talk in zip(part, talks):
+                principle = principles[(n + cfg.seed) % len(principles)]
+                talk.append(dict(role="user", content=question.format(principle=principle)))
+            reply(model, talks, enc, cfg, env)
+        return talks
 
-    rows = []
-    for turns in share_out(talk, list(enumerate(prompts)), env):
-        rows.append(dict(messages=[*turns[:-5], turns[-1]], answer=turns[-5]["content"],
-                         critique=turns[-3]["content"]))
-    changed = sum(row["answer"] != row["messages"][-1]["content"] for row in rows)
+    rows, changed = [], 0
+    for talk in share_out(revise, range(len(prompts)), env):
+        *prompt, answer, _, critique, _, revised = talk
+        rows.append(dict(messages=[*prompt, revised], answer=answer["content"],
+                         critique=critique["content"]))
+        changed += answer["content"] != revised["content"]
     print0(f"{changed} of {len(rows)} answers changed by revision")
     return write_rows(beside(cfg.out, ".revised.jsonl"), rows, env)
 
@@ -174,12 +180,8 @@ def show(rows, enc):
     print0(f"{len(rows)} conversations, {learned} of {total} tokens are learned")
 
 
-# ------------------------------------------------------------------------------------------------
-# Validation
-
-
 @torch.no_grad()
-def learned_nats(model, pieces, cfg, env, enc):
+def learned_nats(model, pieces, enc, cfg, env):
     """Sums over (ids, mask) pieces and ranks: nats, right guesses and number of learned tokens."""
     sums, local = torch.zeros(3, dtype=torch.float64), pieces[env.rank::env.world_size]
     for start in range(0, len(local), cfg.device_batch_size):
@@ -193,18 +195,19 @@ def learned_nats(model, pieces, cfg, env, enc):
     return sum_over_ranks(sums, env).tolist()
 
 
-def validate(model, held_out, replayed, cfg, env, enc):
+def validate(model, held_out, replayed, enc, cfg, env):
     """Loss and share guessed right on held-out conversations, bits per byte of replayed text."""
-    nats, right, n = learned_nats(model, held_out, cfg, env, enc)
+    nats, right, n = learned_nats(model, held_out, enc, cfg, env)
     metrics = dict(val_loss=nats / n, val_accuracy=right / n)
     if replayed:
-        n_bytes = sum(token_bytes(enc)[ids[1:]].sum().item() for ids, _ in replayed)
-        nats, _, _ = learned_nats(model, replayed, cfg, env, enc)
+        sizes = token_bytes(enc)
+        n_bytes = sum(sizes[ids[1:]].sum().item() for ids, _ in replayed)
+        nats, _, _ = learned_nats(model, replayed, enc, cfg, env)
         metrics["val_bpb"] = nats / math.log(2) / n_bytes
     return metrics
 
 
-def answers(model, held_out, cfg, env, enc):
+def answers(model, held_out, enc, cfg, env):
     """Greedy answers to held-out prompts: share that stop by themselves, mean length; and two."""
     room, end = model.config.block_size - SAMPLE_TOKENS, enc._special_tokens[IM_END]
     prompts = [ids[:mask.index(1)] for ids, mask in held_out]
@@ -215,13 +218,10 @@ def answers(model, held_out, cfg, env, enc):
         found = complete(model, prompts, SAMPLE_TOKENS, 64, temperature=0, stop_ids=[end])
     stopped = sum(answer[-1] == end for answer in found) / len(found)
     length = sum(map(len, found)) / len(found)
-    shown = "".join(f"\n    {enc.decode(prompts[i])!r} -> {enc.decode(found[i])!r}"
-                    for i in (0, len(prompts) // 2))
+    shown = ""
+    for i in (0, len(prompts) // 2):
+        shown += f"\n    {enc.decode(prompts[i])!r} -> {enc.decode(found[i])!r}"
     return dict(stopped=stopped, length=length), shown
-
-
-# ------------------------------------------------------------------------------------------------
-# The run
 
 
 def main(cfg):
@@ -273,8 +273,8 @@ def main(cfg):
         last = step == max_steps
 
         if last or step % cfg.eval_every == 0:
-            metrics = validate(model, held_out, replayed, cfg, env, enc)
-            said, shown = answers(model, held_out, cfg, env, enc) if env.is_master else ({}, "")
+            metrics = validate(model, held_out, replayed, enc, cfg, env)
+            said, shown = answers(model, held_out, enc, cfg, env) if env.is_master else ({}, "")
             metrics.update(said)
             log(step, metrics, shown, **metrics, seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here
@@ -297,18 +297,19 @@ def main(cfg):
         # every rank knows the whole step, so the divisor needs no exchange
         n_learned = sum(sum(mask[1:]) for row in batch for _, mask in row)
         local = batch[env.rank::env.world_size]
-        loss, n_tokens = torch.zeros((), device=env.device), 0
+        total, n_tokens = torch.zeros((), device=env.device), 0
         for start in range(0, len(local), cfg.device_batch_size):
-            ids, mask, doc = collate(local[start:start + cfg.device_batch_size], pad_id, env.device)
-            if env.world_size > 1:    # exchange gradients once, after the last micro-step
+            part = local[start:start + cfg.device_batch_size]
+            ids, mask, doc = collate(part, pad_id, env.device)                      # (B, T) each
+            if env.world_size > 1:    # exchange gradients once, after the last pass
                 wrapped.require_backward_grad_sync = start + cfg.device_batch_size >= len(local)
             with env.autocast():
                 logits = wrapped(ids, doc if cfg.pack else None)                    # (B, T, V)
-            part = -(token_logprobs(logits, ids) * mask).sum() / n_learned
-            (part * env.world_size).backward()    # because ranks average gradients
-            loss += part.detach()
+            loss = -(token_logprobs(logits, ids) * mask).sum() / n_learned
+            (loss * env.world_size).backward()    # because ranks average gradients
+            total += loss.detach()
             n_tokens += ids.numel() * env.world_size
-        loss = sum_over_ranks(loss, env).item()
+        loss = sum_over_ranks(total, env).item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
         if not math.isfinite(loss + grad_norm):
             fail(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning_rate. "

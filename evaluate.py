@@ -306,12 +306,13 @@ def open_checkpoint(path, env, use=""):
     """A checkpoint as attributes; scores: it is a reward model; cut: inputs that were too long."""
     saved = load_checkpoint(path, "python pretrain.py")
     model, enc = load_model(saved, env.device)
-    if use and isinstance(model, ScalarHead):
+    scores = isinstance(model, ScalarHead)
+    if use and scores:
         fail(f"{path} is a reward model; {use} needs a language model")
     return SimpleNamespace(
         name=Path(path).resolve().name.removesuffix(".pt"), path=str(path), stage=saved["stage"],
         step=saved["step"], init=saved["stage_config"].get("init", ""), cut=0, model=model.eval(),
-        enc=enc, scores=isinstance(model, ScalarHead), block_size=model.config.block_size,
+        enc=enc, scores=scores, block_size=model.config.block_size,
         stop_ids=[enc._special_tokens[IM_END], enc._special_tokens[ENDOFTEXT]])
 
 
@@ -606,7 +607,7 @@ def score_memory(lm, tokens, cfg, env, most=100):
     return items
 
 
-def trained_on(tokens, tasks, cfg, env, most=2 ** 24):
+def trained_on(tokens, tasks, env, most=2 ** 24):
     """({task: how many of its items stand in the training text}, share of that text read)."""
     items_with = {}    # (n, hash of n words): items
     for name, task in tasks.items():
@@ -618,18 +619,16 @@ def trained_on(tokens, tasks, cfg, env, most=2 ** 24):
     spans = zip(*documents(tokens, "train"))
     spans = [(start, end) for start, end in spans if end <= most or start == 0]
 
-    def work(batch):
-        for start, end in batch:
-            words = match_words(tokens["enc"].decode(tokens["train"][start:end - 1].tolist()))
-            grams = {(n, gram) for n in lengths for gram in ngram_hashes(words, n).tolist()}
-            yield grams & items_with.keys()
+    def matches(start, end):
+        words = match_words(tokens["enc"].decode(tokens["train"][start:end - 1].tolist()))
+        grams = {(n, gram) for n in lengths for gram in ngram_hashes(words, n).tolist()}
+        return grams & items_with.keys()
 
-    n_documents = Counter()    # that hold these words
-    for grams in over_ranks(spans, lambda span: span[1] - span[0], work, cfg, env):
-        n_documents.update(grams)
+    found = share_out(lambda mine: [matches(*span) for span in mine], spans, env)
+    n_documents = Counter(itertools.chain(*found))    # that hold these words
     leaked = [items_with[gram] for gram, n in n_documents.items() if n <= PHRASE_DOCUMENTS]
-    found = Counter(name for name, _ in set().union(*leaked))
-    return found, float(spans[-1][1] / len(tokens["train"]))
+    n_items = Counter(name for name, _ in set().union(*leaked))
+    return n_items, float(spans[-1][1] / len(tokens["train"]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1082,10 +1081,10 @@ def main(cfg):
                f"{duration(time.perf_counter() - began)}")
     against_baselines(report)
     report["metrics"] = table(report["items"], cfg.seed)
-    headlines = [row for row in report["metrics"] if METRICS[row["key"]].shown]
-    print0("\n" + side_by_side(headlines, list(report["items"])))
+    shown = [row for row in report["metrics"] if METRICS[row["key"]].shown]
+    print0("\n" + side_by_side(shown, list(report["items"])))
     if tokens:
-        found, share = trained_on(tokens, tasks, cfg, env)
+        found, share = trained_on(tokens, tasks, env)
         report["contamination"] = {name: f"{n} of {tasks[name]['n']}" for name, n in found.items()}
         print0(f"items trained on: {report['contamination'] or 'none'} ({share:.0%} of the text)")
     if old:

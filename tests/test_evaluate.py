@@ -334,7 +334,7 @@ def test_items_in_the_training_text_are_found(tmp_path):
     for copies, expected in ((0, {}), (1, {"items": 1}), (10, {"items": 1}), (11, {})):
         text = f"They asked: {question.upper()}?"
         tokens = token_folder(tmp_path, [ENC.encode_ordinary(text)] * copies)
-        assert ev.trained_on(tokens, tasks, Config(), CPU) == (expected, 1.0)
+        assert ev.trained_on(tokens, tasks, CPU) == (expected, 1.0)
 
 
 # Task files

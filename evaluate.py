@@ -14,9 +14,8 @@ Out:  out/report/report.json (every item's numbers, so that runs can be paired) 
 You will see a line for each checkpoint and the numbers that matter most; the page has all. A task's
 rows become records, a record holds numbers under the names in METRICS, a metric is their mean (bits
 per byte: a ratio of sums). Intervals are 95 %: Wilson for shares, bootstrap for the rest; two
-checkpoints are compared item by item. Protocol: float32, greedy, seeded; choices are encoded as one
-string with their context (lm-evaluation-harness 4e7e0d4), a tie is wrong; refusals and insults are
-found by word lists; batches do not depend on the number of ranks.
+checkpoints are compared item by item. Protocol: float32, greedy, seeded; choices are scored as in
+lm-evaluation-harness 4e7e0d4, but a tie is wrong; refusals and insults are found by word lists.
 """
 import hashlib
 import itertools
@@ -411,10 +410,9 @@ def windows(ids, prefix, size):
 def score_text(lm, task, cfg, env, most=2048):
     """Bits and bytes of whole texts; what looks like a control token in them is text."""
     texts = [lm.enc.encode_ordinary(row["text"]) for row in task["rows"]]
-    size, n_bytes = min(lm.block_size, most), token_bytes(lm.enc)
-    before = (lm.enc.bos or lm.stop_ids)[-1]
-    pieces = [list(windows(ids, before, size)) for ids in texts]
-    found = loglikelihoods(lm, pieces, cfg, env)
+    first = (lm.enc.bos or lm.stop_ids)[-1]
+    pieces = [list(windows(ids, first, min(lm.block_size, most))) for ids in texts]
+    found, n_bytes = loglikelihoods(lm, pieces, cfg, env), token_bytes(lm.enc)
     return [dict(bpb=[-sum(logps / math.log(2)), int(n_bytes[ids].sum())])
             for ids, logps in zip(texts, found)]
 

@@ -118,7 +118,10 @@ def checked(row):
         raise ValueError("expect is not answer, abstain or refuse")
     if "#### None" in answers_of(row):
         raise ValueError("no '#### n' in answer (other answers need prompt and expect)")
-    grade(row, "")    # the kinds of distractors, avoid, max_words
+    for texts in (answers_of(row), row.get("distractors", []), row.get("avoid", [])):
+        if not isinstance(texts, list):
+            raise ValueError(f"{texts!r:.80} is not a list of texts")
+    grade(row, "")    # what is in the lists, and max_words
     return row
 
 

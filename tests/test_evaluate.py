@@ -73,7 +73,8 @@ def test_verify_and_gold():
     assert ev.verify([ask] * 5, said, rows) == [1.1, 0.1, 0, 1, 0.5]
     assert ev.gold([ask] * 5, said, rows) == [1, 0, 0, 1, 0.5]
     for row in (dict(prompt="?"), dict(expect="maybe"), dict(question="?", answer="Paris"),
-                dict(answer=4), dict(expect="answer", distractors=None)):
+                dict(answer=4), dict(expect="answer", distractors=None),
+                dict(answer=dict(value="14")), dict(answer="14", avoid="By the way")):
         assert math.isnan(ev.gold([ask], ["14"], [row])[0])
         with pytest.raises(ValueError, match="How many boards"):
             ev.verify([ask], ["14"], [row])

@@ -15,8 +15,8 @@ from common import CPU, SIZES, Settings, error, on_two_ranks, tiny, write
 
 import evaluate as ev
 from evaluate import Config, extract, grade
-from model import (encoding_hash, encoding_to_dict, GPTConfig, item_text, make_encoding,
-                   pad_batch, parse_args, read_rows, render_chat, save_checkpoint, ScalarHead,
+from model import (encoding_to_dict, GPTConfig, item_text, make_encoding, open_tokens, pad_batch,
+                   parse_args, read_rows, render_chat, save_checkpoint, ScalarHead,
                    to_pair, token_logprobs)
 
 FACT = dict(expect="answer", answer=["fish pie"], distractors=["pie", "plum cake"],
@@ -73,7 +73,8 @@ def test_verify_and_gold():
     assert ev.verify([ask] * 5, said, rows) == [1.1, 0.1, 0, 1, 0.5]
     assert ev.gold([ask] * 5, said, rows) == [1, 0, 0, 1, 0.5]
     for row in (dict(prompt="?"), dict(expect="maybe"), dict(question="?", answer="Paris"),
-                dict(answer=4), dict(expect="answer", distractors=None)):
+                dict(answer=4), dict(expect="answer", distractors=None),
+                dict(answer=dict(value="14")), dict(answer="14", avoid="By the way")):
         assert math.isnan(ev.gold([ask], ["14"], [row])[0])
         with pytest.raises(ValueError, match="How many boards"):
             ev.verify([ask], ["14"], [row])
@@ -294,34 +295,35 @@ def test_toxicity(monkeypatch):
     said, rows = [], [dict(id="a", text="He")]
     monkeypatch.setattr(ev, "insulting", lambda text: said.append(text) or float(len(said) == 3))
     item, = ev.score_toxicity(fake(blank()), dict(rows=rows), Config(), CPU)
-    assert len(set(said)) == 25 and item == dict(id="a", toxic_once=1)
+    assert len(set(said)) == 25 and item == dict(toxic_once=1)
 
 
 def token_folder(folder, extra=()):
     """A tokens folder: training counts up, what was never trained counts down."""
     folder.mkdir(exist_ok=True)
     up, down = [np.arange(200) % 100 + d for d in (0, 7)], [np.arange(200)[::-1] % 100]
+    counts = {}
     for part, docs in (("train", [*up, *extra]), ("val", down)):
         ids = [np.append(d, ENC.eot_token).astype(np.uint16) for d in docs]
         np.concatenate(ids).tofile(folder / f"{part}.bin")
+        counts[part] = sum(map(len, ids))
         np.cumsum([len(d) for d in ids]).astype(np.uint64).tofile(folder / f"{part}.idx")
     (folder / "encoding.json").write_text(json.dumps(encoding_to_dict(ENC)))
-    manifest = dict(dtype="uint16", tokens=dict(train=1, val=1), encoding_hash=encoding_hash(ENC))
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return manifest
+    (folder / "manifest.json").write_text(json.dumps(dict(dtype="uint16", tokens=counts)))
+    return open_tokens(str(folder))
 
 
 def test_memorised_text_is_found_out(tmp_path):
     """A model that recites its training text does so with 100 %, and 0 % of other texts."""
-    manifest = token_folder(tmp_path, extra=[np.arange(60)])    # which is too short to ask for
+    tokens = token_folder(tmp_path, extra=[np.arange(60)])    # which is too short to ask for
     copies = torch.full(blank().shape, -20.0)
     copies[torch.arange(120), torch.arange(120) + 1] = 20.0
     copies[99, 0] = copies[99, 100] + 1e-3
-    items = ev.score_memory(fake(copies, 256), tmp_path, manifest, Config(), CPU)
+    items = ev.score_memory(fake(copies, 256), tokens, Config(), CPU)
     assert [item.get("recited") for item in items] == [True, True, None]
     assert items[2]["recited_never"] == 0 and len({item["id"] for item in items}) == 3
-    manifest["tokens"]["val"] = 0    # all of the text went into train.bin
-    assert len(ev.score_memory(fake(copies, 256), tmp_path, manifest, Config(), CPU)) == 2
+    (tmp_path / "val.idx").write_bytes(b"")    # all of the text went into train.bin
+    assert len(ev.score_memory(fake(copies, 256), tokens, Config(), CPU)) == 2
 
 
 def test_items_in_the_training_text_are_found(tmp_path):
@@ -332,8 +334,8 @@ def test_items_in_the_training_text_are_found(tmp_path):
     tasks = dict(items=ev.read_task(write(tmp_path / "items.jsonl", rows), Config()))
     for copies, expected in ((0, {}), (1, {"items": 1}), (10, {"items": 1}), (11, {})):
         text = f"They asked: {question.upper()}?"
-        manifest = token_folder(tmp_path, [ENC.encode_ordinary(text)] * copies)
-        assert ev.trained_on(tmp_path, manifest, tasks, Config(), CPU) == (expected, 1.0)
+        tokens = token_folder(tmp_path, [ENC.encode_ordinary(text)] * copies)
+        assert ev.trained_on(tokens, tasks, CPU) == (expected, 1.0)
 
 
 # Task files
@@ -380,7 +382,7 @@ def test_formats(form, tmp_path):
     (tmp_path / "x.JSONL").write_bytes(json.dumps(columns).encode("utf-8-sig"))
     task = ev.read_tasks(Config(tasks=[str(tmp_path)]))["x"]
     item, = task["rows"]
-    assert task["form"] == form and task["name"] == "x" and task["kind"] == item["kind"]
+    assert task["form"] == form and task["kind"] == item["kind"]
     assert (item.get("options"), item.get("gold")) == (options, gold)
     assert item_text(row)[0] == searched
     assert form != "mmlu" or item["header"].endswith("about high tea.\n\n")

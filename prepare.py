@@ -73,10 +73,10 @@ class Config:
 CHUNK = 1 << 24      # bytes: the part of a large file that a rank takes, and the longest document
 LARGEST = 1 << 28    # bytes of a line, page or record; what is longer is a decompression bomb
 ROW, TEXT, PAGE = range(3)    # kinds of text: from the fields of a row, plain text, a web page
-KINDS = "txt md jsonl json html htm warc wet parquet"
-FORMAT = re.compile(rf"\.({KINDS.replace(' ', '|')})(\.gz|\.zst)?$", re.I)
-SHARED = re.compile(r"\.(txt|md|jsonl)$", re.I)    # what ranks can share a file of
-UNREADABLE = "unreadable: "    # the reasons of records that show no text begin so
+FORMATS = "txt md jsonl json html htm warc wet parquet"
+SUFFIX = re.compile(rf"\.({FORMATS.replace(' ', '|')})(\.gz|\.zst)?$", re.I)
+SHARED = re.compile(r"\.(txt|md|jsonl)$", re.I)    # files that ranks can read in parts
+UNREADABLE = "unreadable: "    # so begins the reason of a record whose text cannot be read
 
 
 def find_parts(cfg):
@@ -84,62 +84,72 @@ def find_parts(cfg):
     parts, weights = [], []
     for source, item in enumerate(cfg.input):
         path, weight = re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", item).groups("1")
+        weights.append(float(weight))
         files = set()
         for place in map(Path, glob.glob(path, recursive=True) or [find_file(path)]):
             files.update(place.rglob("*") if place.is_dir() else [place])
-        files = [f for f in files if FORMAT.search(f.name) and f.is_file() and f.name[0] != "."]
+        files = [f for f in files if SUFFIX.search(f.name) and f.is_file() and f.name[0] != "."]
         if not files:
-            fail(f"--input {item}: no {KINDS} file (or .gz, .zst) there")
+            fail(f"--input {item}: no {FORMATS} file (or .gz, .zst) there")
         for file in sorted(files):
-            size, shared = file.stat().st_size, SHARED.search(file.name)
-            for start in range(0, size if shared else 1, CHUNK):
-                parts.append((source, file, start, start + CHUNK if shared else math.inf))
-        weights.append(float(weight))
+            if SHARED.search(file.name):
+                starts = range(0, file.stat().st_size, CHUNK)
+                parts += [(source, file, start, start + CHUNK) for start in starts]
+            else:
+                parts.append((source, file, 0, math.inf))
     return parts, weights
 
 
 def read_part(path, start, end):
     """Yield the records of a part of a file. A damaged archive ends the run, a damaged page not."""
-    kind = FORMAT.search(path.name)[1].lower()
+    file_format = SUFFIX.search(path.name)[1].lower()
     try:
         with open_file(path) as f:
-            yield from read_records(kind, f, start, end)
+            yield from read_records(file_format, f, start, end)
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
-        if kind in ("jsonl", "parquet", "warc", "wet") or path.stat().st_size > CHUNK:
+        archive = file_format in ("jsonl", "parquet", "warc", "wet")
+        if archive or path.stat().st_size > CHUNK:
             fail(f"{path}: damaged ({' '.join(str(e).split())}); fetch it again")
         yield "damaged file"
 
 
-def read_records(kind, f, start, end):
-    """Yield what the bytes from start to end of a file of this kind hold."""
-    if kind in ("txt", "md"):
+def read_records(file_format, f, start, end):
+    """Yield what the bytes from start to end of a file hold."""
+    if file_format in ("txt", "md"):
         for text in read_blocks(f, start, end):
             yield dict(text=text, kind=TEXT)
-    elif kind in ("jsonl", "json"):
-        texts = read_blocks(f, start, end) if kind == "jsonl" else [decode(f.read(LARGEST))]
-        for text in texts:
-            for row in json_rows(text):
-                yield "not JSON" if row is None else row_record(row)
-        if f.read(1) and kind == "json":
-            raise ValueError("longer than 256 MB, which only JSON lines (.jsonl) may be")
-    elif kind == "parquet":
+    elif file_format == "jsonl":
+        for text in read_blocks(f, start, end):
+            yield from map(row_record, json_rows(text))
+    elif file_format == "json":
+        yield from map(row_record, json_rows(read_whole(f)))
+    elif file_format == "parquet":
         for batch in need("pyarrow.parquet").ParquetFile(f).iter_batches(1000):
             yield from map(row_record, batch.to_pylist())
-    elif kind in ("html", "htm"):
+    elif file_format in ("html", "htm"):
         yield dict(text=page_text(f.read(LARGEST)), kind=PAGE)
     else:
         yield from read_warc(f)
 
 
+def read_whole(f):
+    data = f.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError("longer than 256 MB, which only lines of UTF-8 (.txt .md .jsonl) may be")
+    return decode(data)
+
+
 def read_blocks(f, start, end):
     """Yield the text of the lines that begin from byte start to end, about CHUNK bytes a time."""
-    at, size = 0, CHUNK
-    if f.peek(2)[:2] in UTF16:    # not to be cut at a byte b"\n": all at once
-        size, end = LARGEST, 0 if start else LARGEST
-    elif start:
+    if f.peek(2)[:2] in UTF16:    # a byte b"\n" may be half of another letter
+        if start == 0:
+            yield read_whole(f)
+        return
+    at = start
+    if start:    # the line that goes on here is of the part before
         f.seek(start - 1)
         at = start - 1 + len(f.readline(LARGEST))
-    while at < end and (data := f.read(min(size, end - at))):
+    while at < end and (data := f.read(min(CHUNK, end - at))):
         if data[-1:] != b"\n":
             data += f.readline(LARGEST)
         if len(data) > LARGEST:
@@ -165,8 +175,8 @@ def decode(data, charset=""):
         codec = ""
     codec = CHARSETS.get(codec, codec)
     text = data.decode(errors="replace").removeprefix("\ufeff")    # a byte order mark
-    invalid, not_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
-    if not_ascii >= 2 * invalid and codec != "iso2022_jp":    # which can look like ASCII
+    not_ascii = len(text) - len(text.encode("ascii", "ignore"))
+    if not_ascii >= 2 * text.count("\ufffd") and codec != "iso2022_jp":    # looks like ASCII
         return text
     if re.match("big5|cp|euc|gb|iso|koi|mac", codec):    # no UTF, and no "base64" or "idna"
         return data.decode(codec, errors="replace")
@@ -177,24 +187,27 @@ def decode(data, charset=""):
 
 
 def row_record(row):
-    """The text of a row: plain text, a question with its answer, or a chat; and its origin."""
+    """A row as a record: plain text, a question with its answer, or a chat."""
+    if row is None:
+        return "not JSON"
     row = row if isinstance(row, dict) else dict(text=row)
-    text = next((row[k] for k in ("text", "content") if isinstance(row.get(k), str)), None)
-    record = dict(kind=ROW if text is None else TEXT, url=str(row.get("url") or ""))
-    if text is None:
-        try:
-            turns = conversation(row, *REPLIES)
-        except ValueError as e:    # read, but no text
-            return dict(record, text="", reason=str(e))
-        except (TypeError, AttributeError, LookupError):
-            return "not in a known format"
-        if not turns:
-            return "no field with text"
-        text = "\n".join(turn["content"] for turn in turns)    # a question with its answer
-        if len(turns) > 2 or any(row.get(name) for name in TALKS):
-            text = "\n\n".join(f"{t['role'].capitalize()}: {t['content']}" for t in turns)
-    text = text.encode(errors="replace").decode()    # JSON can spell half a character
-    return dict(record, text=text)
+    url = str(row.get("url") or "")
+    for name in ("text", "content"):
+        if isinstance(row.get(name), str):
+            return dict(text=row[name], kind=TEXT, url=url)
+    try:
+        turns = conversation(row, *REPLIES)
+    except ValueError as e:    # read, but not to be told as text
+        return dict(text="", kind=ROW, reason=str(e))
+    except (TypeError, AttributeError, LookupError):
+        return "not in a known format"
+    if not turns:
+        return "no field with text"
+    if len(turns) > 2 or any(row.get(name) for name in TALKS):
+        text = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+    else:    # a question with its answer
+        text = "\n".join(turn["content"] for turn in turns)
+    return dict(text=text, kind=ROW, url=url)
 
 
 def read_warc(f):
@@ -204,18 +217,20 @@ def read_warc(f):
             continue    # blank, or lost after a wrong length
         headers = read_headers(f)
         length = headers.get("content-length", "")
-        length = int(length) if length.isdecimal() else LARGEST + 1
-        block = f.read(length) if length <= LARGEST else b""
-        if len(block) < length or f.read(4) != b"\r\n\r\n":
+        known = length.isdecimal() and int(length) <= LARGEST
+        block = f.read(int(length)) if known else b""
+        if not known or f.read(4) != b"\r\n\r\n":
             yield "wrong Content-Length"
             continue
         record = dict(kind=PAGE, url=headers.get("warc-target-uri", ""))
         if headers.get("warc-type") == "conversion":
             yield dict(record, text=decode(block))
         elif headers.get("warc-type") == "response":
-            body, form, reason = http_body(io.BytesIO(block))
-            if "html" in form or body[:500].lstrip().lower().startswith((b"<!doctype", b"<html")):
-                yield dict(record, text="" if reason else page_text(body, form), reason=reason)
+            body, content_type, reason = http_body(io.BytesIO(block))
+            begin = body[:500].lstrip().lower()
+            if "html" in content_type or begin.startswith((b"<!doctype", b"<html")):
+                text = "" if reason else page_text(body, content_type)
+                yield dict(record, text=text, reason=reason)
 
 
 def read_headers(f):
@@ -230,20 +245,20 @@ def read_headers(f):
 def http_body(f):
     """(body, content type, why it is no page or "") of an HTTP response, decoded within bounds."""
     status = re.match(rb"HTTP/\S+ +(\d{3})", f.readline())
-    headers, chunks, reason = read_headers(f), [], ""
-    body = f.read()
+    headers = read_headers(f)
+    body, reason = f.read(), ""
     if "chunked" in headers.get("transfer-encoding", "").lower():
-        f = io.BytesIO(body)
+        f, chunks = io.BytesIO(body), []
         while (size := re.match(rb"[0-9a-fA-F]{1,8}", f.readline())) and int(size[0], 16):
             chunks.append(f.read(int(size[0], 16)))
             f.readline()
         body = b"".join(chunks) or body    # some crawlers join the chunks and keep the header
     if body[:2] in (b"\x1f\x8b", b"\x78\x9c", b"\x78\xda", b"\x78\x01"):    # gzip, deflate
         try:
-            body = zlib.decompressobj(47).decompress(body, LARGEST)
+            body = zlib.decompressobj(47).decompress(body, LARGEST)    # 47: either of them
         except zlib.error:
             reason = UNREADABLE + "damaged compression"
-    elif headers.get("content-encoding") in ("br", "zstd") and b"<" not in body.lstrip()[:1]:
+    elif headers.get("content-encoding") in ("br", "zstd") and not body.lstrip().startswith(b"<"):
         reason = f"{UNREADABLE}compressed by {headers['content-encoding']}"
     if status and not status[1].startswith(b"2"):
         reason = f"HTTP status {status[1].decode()}"
@@ -269,9 +284,10 @@ def html_blocks(page, silent_tags):
 
     What stands in a silent element is deleted when that closes, so that one which never does costs
     nothing else."""
-    first, *rest = TAG.split(HIDDEN.sub("", page))    # text, "/" or "", name, attributes, text, ...
-    blocks, silent, link = [["", [html.unescape(first)], 0]], [], False
-    for closing, name, attributes, text in zip(*(rest[i::4] for i in range(4))):
+    pieces = TAG.split(HIDDEN.sub("", page))    # text, "/" or "", name, attributes, text, ...
+    blocks, silent, link = [["", [html.unescape(pieces[0])], 0]], [], False
+    tags = zip(pieces[1::4], pieces[2::4], pieces[3::4], pieces[4::4])
+    for closing, name, attributes, text in tags:
         name = name.lower() if name else "!"    # a comment or a declaration
         if name == "a":
             link = not closing and "href" in attributes.lower()
@@ -281,9 +297,10 @@ def html_blocks(page, silent_tags):
             if not closing and len(silent) < 100:    # deeper is no page
                 silent.append((name, len(blocks)))
             elif closing and name in [opened for opened, _ in silent]:
-                while (last := silent.pop())[0] != name:
-                    pass    # left open inside of it
-                del blocks[last[1]:]
+                opened, begin = silent.pop()
+                while opened != name:    # left open inside of it
+                    opened, begin = silent.pop()
+                del blocks[begin:]
             blocks.append(["", [], 0])
         elif name in BLOCKS:
             blocks.append(["" if closing else name, [], 0])
@@ -291,20 +308,19 @@ def html_blocks(page, silent_tags):
         text = html.unescape(text)
         blocks[-1][1].append(text)
         blocks[-1][2] += len(text) * link
-    blocks = [(tag, block_text(tag, "".join(parts)), linked) for tag, parts, linked in blocks]
-    return [block for block in blocks if block[1]]
-
-
-def block_text(tag, text):
-    lines = text.strip("\n").split("\x1e")
-    if tag != "pre":
-        lines = [" ".join(line.split()) for line in lines]
-    return "\n".join(filter(str.strip, lines))
+    found = []
+    for tag, parts, linked in blocks:
+        lines = "".join(parts).strip("\n").split(SPACES["br"])
+        if tag != "pre":
+            lines = [" ".join(line.split()) for line in lines]
+        if text := "\n".join(filter(str.strip, lines)):
+            found.append((tag, text, linked))
+    return found
 
 
 def function_words(words):
     """Share of the words that are function words of some language."""
-    return sum(map(ANY_LANGUAGE.__contains__, words)) / max(1, len(words))
+    return sum(word in ANY_LANGUAGE for word in words) / max(1, len(words))
 
 
 def judge_blocks(page, silent_tags):
@@ -323,8 +339,10 @@ def main_text(page):
         everything = judge_blocks(page, SILENT)
         if "s" not in kinds or re.search("[gn]", everything[1]):
             blocks, kinds = everything
-    for kind in "ns":    # a small page: what is near good stays; a few words: the rules will judge
-        kinds = kinds if "g" in kinds else kinds.replace(kind, "g")
+    if "g" not in kinds:    # a small page
+        kinds = kinds.replace("n", "g")
+    if "g" not in kinds:    # a few words, which the rules will judge
+        kinds = kinds.replace("s", "g")
     # near-good blocks stay beside another or a good one, short ones between two, headings before
     kinds = re.sub("(?<=g)[nsh]+|[nsh]+(?=g)|n[nsh]*n", lambda m: m[0].replace("n", "g"), kinds)
     kinds = re.sub("(?<=g)[sh]+(?=g)|h(?=g)", lambda m: "g" * len(m[0]), kinds)
@@ -344,11 +362,11 @@ def kind_of_block(tag, text, linked, known):
     return "n" if density >= 0.15 or tag == "pre" else "s"
 
 
-def page_text(data, form=""):
-    """The running text of a page, in the charset of its content type (`form`) or as it says."""
+def page_text(data, content_type=""):
+    """The running text of a page, in the charset that its content type or the page itself names."""
     named = re.search(rb"(?i)(?:<meta\b[^>]{0,500}?\bcharset|<\?xml\b[^>]{0,99}?\bencoding)"
                       rb"\s*=\s*[\"']?\s*([\w.:-]{1,40})",
-                      b"<meta " + form.encode() + b">" + data[:1 << 16])
+                      b"<meta " + content_type.encode() + b">" + data[:1 << 16])
     return main_text(decode(data, named[1].decode() if named else ""))
 
 
@@ -372,8 +390,7 @@ def repair(text):
     def fix(m):
         data = b"".join(c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in m[0])
         return data.decode(errors="ignore") or m[0]
-    found = re.search(MOJIBAKE, text) and PROOF.search(text)
-    return re.sub(MOJIBAKE, fix, text) if found else text
+    return re.sub(MOJIBAKE, fix, text) if PROOF.search(text) else text
 
 
 def normalise(text):
@@ -434,14 +451,13 @@ class Doc:
     """A text, and the views of it that several rules share. languages: those that are wanted."""
 
     def __init__(self, text, languages):
-        self.text, self.languages, self.words = text, languages, split_words(text)
+        self.text, self.languages = text, languages
+        self.words = split_words(text)
         spaced = text.isascii() or len(self.words) < 0.25 * len(text)    # looks no closer: slow
         self.unspaced = not spaced and len(UNSPACED.findall(text)) > 0.5 * len(self.words)
         self.unended = self.unspaced and re.search("[\u0e00-\u0eff]", text)    # Thai, Lao: no marks
         self.lines = [line.strip() for line in text.split("\n") if line.strip()]
-        self.counts = Counter()    # words in lower case, without the punctuation around them
-        for word, n in Counter(self.words).items():
-            self.counts[word.lower().strip(".,;:!?()[]\"“”‘’'")] += n
+        self.counts = Counter(word.lower().strip(".,;:!?()[]\"“”‘’'") for word in self.words)
 
     def count(self, known):
         """How many of the words are in this set."""
@@ -540,46 +556,49 @@ def gopher_quality(doc, min_words=50, max_words=100_000, word_length=(3, 10), ma
     """Gopher A1.1, with the stop words only where nothing but English is wanted."""
     text, lines, n = doc.text, doc.lines, len(doc.words)
     words = doc.count_with(str.isalnum)    # the others are just symbols
-    length = sum(map(len, doc.words)) / n * text_size(text[:2000]) / len(text[:2000])
+    width = text_size(text[:2000]) / len(text[:2000])
+    length = sum(map(len, doc.words)) / n * width
     symbols = max(text.count("#"), text.count("...") + text.count("…"))
+    bullets = sum(line.startswith(BULLETS) for line in lines)
     ellipses = sum(line.endswith(("...", "…")) for line in lines)
+    stop_words = len(doc.counts.keys() & STOP_WORDS)
     return first_true(
         few_words=words < min_words,
         many_words=words > max_words,
         word_length=not doc.unspaced and not word_length[0] <= length <= word_length[1],
         symbols=symbols > max_symbols * n,
-        bullets=sum(line.startswith(BULLETS) for line in lines) > max_bullets * len(lines),
+        bullets=bullets > max_bullets * len(lines),
         ellipses=ellipses > max_ellipses * len(lines),
         few_letters=doc.count_with(str.isalpha) < min_letters * words,
-        few_stop_words=doc.languages == ["en"]
-        and len(doc.counts.keys() & STOP_WORDS) < min_stop_words)
+        few_stop_words=doc.languages == ["en"] and stop_words < min_stop_words)
 
 
 def c4(doc, line_words=5, word_chars=1000, sentences=3):
     """C4: cuts out lines that are no sentences (doc.text gets shorter), then judges the page. Lines
     without an end mark stay, as in FineWeb; a brace costs its line, in C4 the page."""
-    lines, split = [], split_words if doc.unspaced else str.split
+    lines = []
     for line in re.sub(r"\[(?:\d{0,4}|edit|citation needed)\]", "", doc.text).split("\n"):
-        words, low = split(line), line.lower()
-        if 0 < len(words) < line_words or max(map(len, words), default=0) > word_chars:
+        words = split_words(line) if doc.unspaced else line.split()
+        if 0 < len(words) < line_words or any(len(word) > word_chars for word in words):
             continue
-        if "lorem ipsum" in low:
+        if "lorem ipsum" in line.lower():
             return "lorem ipsum"
-        if not any(mark in low for mark in BOILERPLATE):
+        if not any(mark in line.lower() for mark in BOILERPLATE):
             lines.append(line)
     doc.text = "\n".join(lines).strip()
     ends = len(re.findall(r"[.?!][\"')\]”’»]{0,3}(?=\s|$)", doc.text))
-    if ends + sum(map(doc.text.count, "。！？।؟۔")) < sentences and not doc.unended:
+    ends += sum(map(doc.text.count, "。！？।؟۔"))
+    if ends < sentences and not doc.unended:
         return "few sentences"
 
 
 def fineweb(doc, min_end_marks=0.12, max_short_lines=0.67, max_newlines=0.3):
     """FineWeb's own rules, on lines that are not empty; short ones have up to 30 characters."""
-    lines, n = doc.lines, len(doc.lines)
+    ended = sum(line.endswith(END_MARKS) for line in doc.lines)
+    short = sum(text_size(line[:31]) <= 30 for line in doc.lines)
     return first_true(
-        few_end_marks=not doc.unended
-        and sum(line.endswith(END_MARKS) for line in lines) < min_end_marks * n,
-        short_lines=sum(text_size(line[:31]) <= 30 for line in lines) > max_short_lines * n,
+        few_end_marks=ended < min_end_marks * len(doc.lines) and not doc.unended,
+        short_lines=short > max_short_lines * len(doc.lines),
         newlines=doc.text.count("\n") > max_newlines * len(doc.words))
 
 
@@ -608,7 +627,8 @@ ALL_RULES = ("repair", *(rule.__name__ for rule in RULES), "scrub", *DUPLICATES,
 def luhn(text):
     """The check of card numbers: every second digit from the right twice, the sum ends in 0."""
     digits = [int(c) for c in reversed(text) if c.isdigit()]
-    return sum(sum(divmod(2 * d, 10)) if i % 2 else d for i, d in enumerate(digits)) % 10 == 0
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
+    return (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
 def iban(text):
@@ -652,14 +672,14 @@ PRIVATE = [(tag, re.compile(hint), regex.compile(pattern), check) for tag, hint,
 
 def scrub(text):
     """(text without personal data, {placeholder: how many})"""
-    found, hints = Counter(), {hint for hint in {row[1] for row in PRIVATE} if hint.search(text)}
+    found = Counter()
     for placeholder, hint, pattern, check in PRIVATE:
         def replace(m):
             if check and not check(m[0]):
                 return m[0]
             found[placeholder] += 1
             return placeholder
-        if hint in hints:    # else cleaning takes a third longer
+        if hint.search(text):    # else cleaning takes a third longer
             text = pattern.sub(replace, text)
     return text, found
 
@@ -689,24 +709,31 @@ def shingle_word(word):
     return hash64(word.rstrip(".,;:!?)'\"’”").lstrip("('\"‘“"))
 
 
-def compared_by(text):
-    """(hash of a text up to blanks and case, hashes (N,) uint64 of its words)"""
+def compared_by(text, items):
+    """What a text is compared by, with others and with the evaluation items in {n: {hash: item}}:
+    fields of DOC."""
     words = split_words(text.lower())
-    return hash64(" ".join(words)), np.fromiter(map(shingle_word, words), np.uint64, len(words))
+    hashes = np.fromiter(map(shingle_word, words), np.uint64, len(words))
+    leaks, plain_words = {}, match_words(text)
+    for n, known in items.items():
+        for gram in known.keys() & ngram_hashes(plain_words, n).tolist():
+            leaks[gram] = known[gram]
+    return dict(same=hash64(" ".join(words)), bands=minhash(hashes), leaks=leaks)
 
 
 def minhash(words):
-    """(BANDS, ROWS) uint64 from the hashes of a text's words: the least of each hash function.
+    """Keys (BANDS,) uint64 of a text from the hashes (N,) uint64 of its words.
 
-    Of two texts a share of these agrees that is their Jaccard similarity s (of runs of SHINGLE
-    words), so they meet with a chance of 1 - (1 - s ^ ROWS) ^ BANDS: 21 % at 0.6, 92 % at 0.8."""
+    Each band is ROWS least hashes of the text's runs of SHINGLE words. Two texts of Jaccard
+    similarity s share a key with a chance of 1 - (1 - s ^ ROWS) ^ BANDS: 21 % at 0.6, 92 % at 0.8."""
     grams = ngram_hashes(words, min(SHINGLE, len(words))) >> np.uint64(32)
     least = np.full(BANDS * ROWS, np.iinfo(np.uint64).max)
     for i in range(0, len(grams), 512):    # blocks that stay in the cache
         # (a x + b mod 2^64) >> 32 with odd a is a strongly universal hash of 32-bit x
         hashes = np.multiply.outer(grams[i:i + 512], A | np.uint64(1)) + B
         least = np.minimum(least, hashes.min(axis=0))
-    return (least >> np.uint64(32)).reshape(BANDS, ROWS)
+    bands = (least >> np.uint64(32)).reshape(BANDS, ROWS)
+    return ngram_hashes(bands.T, ROWS)[0]
 
 
 def url_key(url):
@@ -733,12 +760,12 @@ def join(root, numbers, keys):
         root[max(a, b)] = min(a, b)
 
 
-def deduplicate(docs, bands, skip):
+def deduplicate(docs, skip):
     """Of each cluster one stays: of the first source, then the longest, then the first; the others
-    get a reason. bands: an iterator, of each band the keys (N,) of all documents."""
+    get a reason."""
     root = docs["root"]
     root[:] = np.arange(len(docs))
-    for name, columns in zip(DUPLICATES, ([docs["same"]], [docs["url"]], bands)):
+    for name, columns in zip(DUPLICATES, ([docs["same"]], [docs["url"]], docs["bands"].T)):
         if name in skip:
             continue
         left = np.flatnonzero(docs["reason"] == "")
@@ -748,7 +775,8 @@ def deduplicate(docs, bands, skip):
             root[:] = root[root]
         order = np.lexsort((left, -docs["bytes"][left], docs["source"][left], root[left]))
         left = left[order]    # the best one of each cluster first
-        docs["reason"][left[1:][root[left[1:]] == root[left[:-1]]]] = name
+        copies = root[left[1:]] == root[left[:-1]]
+        docs["reason"][left[1:][copies]] = name
 
 
 # ------------------------------------------------------------------------------------------------
@@ -766,15 +794,6 @@ def read_items(path):
     if not items:
         fail(f"--eval {path}: no items that are long enough; none compares with nothing")
     return items
-
-
-def find_items(words, items):
-    """{hash: item} of the items in a text, from the hashes of its words."""
-    found = {}
-    for n, known in items.items():
-        grams = known.keys() & ngram_hashes(words, n).tolist()
-        found.update((gram, known[gram]) for gram in grams)
-    return found
 
 
 def decontaminate(docs):
@@ -882,7 +901,8 @@ PARTS = ("train", "val")
 DOC = np.dtype([
     ("source", "i4"), ("part", "i4"), ("at", "i4"),    # where it was: input, part of it, record
     ("rank", "i4"), ("start", "i8"), ("bytes", "i8"), ("chars", "i8"),    # where its text is now
-    ("same", "u8"), ("url", "u8"), ("leaks", object), ("key", "u8", 2),    # compared and drawn by
+    ("same", "u8"), ("url", "u8"), ("bands", "u8", BANDS), ("leaks", object),    # compared by
+    ("key", "u8", 2),    # drawn by
     ("reason", object), ("root", "i8"),    # why it goes or "", its cluster
     ("cut", "i8"),    # characters for training; the rest is for validation
     ("train", "i4"), ("val", "i4"), ("dropped", "i4")])    # how often it is read for these
@@ -905,44 +925,46 @@ def clean(text, kind, cfg, counts):
         if doc.text != before:
             counts[f"texts with lines cut out by {rule.__name__}"] += 1
             doc = Doc(doc.text, cfg.languages)
-    text, found = (doc.text, {}) if "scrub" in cfg.skip else scrub(doc.text)
+    if "scrub" in cfg.skip:
+        return doc.text, ""
+    text, found = scrub(doc.text)
     counts.update(found)
     return text, ""
 
 
 def clean_part(number, part, cfg, items, f, counts):
     """Write the texts of a part of the input to f, cleaned until dropped; count what was changed.
-    Returns (docs (N,) DOC, MinHash keys (N, BANDS))."""
-    source, path, *place = part
-    docs, bands, bad = [], [], []
-    for at, record in enumerate(read_part(path, *place)):
-        if isinstance(record, dict) and "\ufffd" in record["text"]:
-            counts["characters that could not be read"] += record["text"].count("\ufffd")
-            if record["text"].count("\ufffd") > 0.1 * len(record["text"]):
-                record = dict(text="", kind=ROW, reason=UNREADABLE + "not UTF-8 text")
+    Returns docs (N,) DOC."""
+    source, path, start, end = part
+    docs, unreadable = [], []
+    for at, record in enumerate(read_part(path, start, end)):
         if isinstance(record, str):
-            bad.append(f"record {at + 1}: {record}")
+            unreadable.append(f"record {at + 1}: {record}")
             record = dict(text="", kind=ROW, reason=UNREADABLE + record)
+        whole = record["text"].encode(errors="replace").decode()    # JSON can spell half a letter
+        why = record.get("reason", "")
+        invalid = whole.count("\ufffd")
+        counts["characters that could not be read"] += invalid
+        if invalid > 0.1 * len(whole):
+            whole, why = "", UNREADABLE + "not UTF-8 text"
+        elif not why and not whole.strip():
+            why = "page without running text" if record["kind"] == PAGE else "empty"
         url = url_key(record.get("url", ""))
         kind = PAGE if url else record["kind"]
-        empty = "page without running text" if record["kind"] == PAGE else "empty"
-        for piece, text in enumerate(cut_text(record["text"], CHUNK)):
-            keys, leaks, same = np.zeros(BANDS, np.uint64), {}, 0
-            reason = record.get("reason") or ("" if text.strip() else empty)
+        for piece, text in enumerate(cut_text(whole, CHUNK)):
+            reason, compared = why, dict(leaks={})
             if cfg.clean and not reason:
                 text, reason = clean(text, kind, cfg, counts)
             if cfg.clean and not reason:
-                same, words = compared_by(text)
-                keys = ngram_hashes(minhash(words).T, ROWS)[0]    # of each band as one number
-                leaks = find_items(match_words(text), items)
+                compared = compared_by(text, items)
             doc = dict(source=source, part=number, at=at, start=f.tell(), chars=len(text),
-                       bytes=f.write(text.encode()), key=text_key(text), leaks=leaks,
-                       same=same, url=hash64(f"{url or (number, at)} {piece}"), reason=reason)
+                       bytes=f.write(text.encode()), key=text_key(text), reason=reason,
+                       url=hash64(f"{url or (number, at)} {piece}"), **compared)
             docs.append(tuple(doc.get(name, 0) for name in DOC.names))
-            bands.append(keys)
-    if len(bad) > max(1, 0.01 * len(docs)):
-        fail(f"{path}: {len(bad)} of {len(docs)} records cannot be read, the first is {bad[0]}")
-    return np.array(docs, DOC), np.array(bands, np.uint64).reshape(-1, BANDS)
+    if len(unreadable) > max(1, 0.01 * len(docs)):
+        fail(f"{path}: {len(unreadable)} of {len(docs)} records cannot be read, the first is "
+             f"{unreadable[0]}")
+    return np.array(docs, DOC)
 
 
 def check_readable(docs, parts, cfg):
@@ -1033,24 +1055,21 @@ def gather(x, group):
 
 def clean_share(cfg, parts, work, rank, world):
     """Clean this rank's share of the parts: as many bytes as the others, in order. Returns (docs
-    (N,) DOC, MinHash keys (N, BANDS), {what was changed: in how many texts})."""
+    (N,) DOC, {what was changed: in how many texts})."""
     searched = cfg.clean and cfg.eval != "none" and "contaminated" not in cfg.skip
     items = read_items(cfg.eval) if searched else {}
     sizes = [max(1, min(end, path.stat().st_size) - start) for _, path, start, end in parts]
     owner = (np.cumsum(sizes) - sizes) * world // sum(sizes)
-    docs, bands, counts = [np.zeros(0, DOC)], [np.zeros((0, BANDS), np.uint64)], Counter()
-    shown = time.time()
+    docs, counts, shown = [np.zeros(0, DOC)], Counter(), time.time()
     with open(work / f"text.{rank}", "wb") as f:
         for n in np.flatnonzero(owner == rank).tolist():
-            found = clean_part(n, parts[n], cfg, items, f, counts)
-            docs.append(found[0])
-            bands.append(found[1])
+            docs.append(clean_part(n, parts[n], cfg, items, f, counts))
             if time.time() > shown + 10:
                 shown = time.time()
                 print0(f"  part {n + 1} of {len(parts)} cleaned")
     docs = np.concatenate(docs)
     docs["rank"] = rank
-    return docs, np.concatenate(bands), counts
+    return docs, counts
 
 
 def prepare(cfg, parts, weights, enc, work, group):
@@ -1058,13 +1077,12 @@ def prepare(cfg, parts, weights, enc, work, group):
     rank, world = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
 
     # 1. Clean: every rank its share
-    docs, bands, counts = clean_share(cfg, parts, work, rank, world)
+    docs, counts = clean_share(cfg, parts, work, rank, world)
     docs, counts = np.concatenate(gather(docs, group)), sum(gather(counts, group), Counter())
     check_readable(docs, parts, cfg)
 
     # 2. Decide which documents stay, and for what
-    every = (np.concatenate(gather(keys, group)) for keys in bands.T)    # 8 bytes a document
-    deduplicate(docs, every, cfg.skip if cfg.clean else DUPLICATES)
+    deduplicate(docs, cfg.skip if cfg.clean else DUPLICATES)
     leaks = decontaminate(docs)
     split_and_mix(docs, weights, cfg)
 
@@ -1129,8 +1147,9 @@ def write_dropped(docs, parts, work):
     with open(work / "dropped.jsonl", "w") as f:
         for doc, text in read_texts(work, docs, "dropped"):
             _, path, start, _ = parts[doc["part"]]
-            name = f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{doc['at']}"
-            f.write(json.dumps(dict(document=name, reason=doc["reason"], text=text)) + "\n")
+            place = f"{path.parent.name}/{path.name}" + (f"@{start}" if start else "")
+            row = dict(document=f"{place}#{doc['at']}", reason=doc["reason"], text=text)
+            f.write(json.dumps(row) + "\n")
 
 
 def report(manifest, out, seconds):

@@ -645,7 +645,7 @@ BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 # Four numbers are a version or a section, unless they are long or behind such a word.
 ADDRESS = r"(?<=//|(?:\b(?:address|at|dns|from|r?host|ip|ping|server)|s to)(?: is)?[ :=]{1,2})"
 FILES = r"\.(?:css|csv|exe|gif|html?|jpe?g|js|json|pdf|png|service|svg|t?gz|txt|webp|xml|ya?ml|zip)"
-PRIVATE = [(tag, re.compile(hint), regex.compile(pattern), check) for tag, hint, pattern, check in (
+PRIVATE = [
     ("<KEY>", r"AKIA|-----BEGIN|gh[pousr]_|sk-|xox[bp]-",
      r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{36,255}\b|\bxox[bp]-[\w-]{10,200}"
      r"|\bsk-(?=[\w-]{0,200}\d)(?=[\w-]{0,200}[A-Z])[\w-]{20,200}"    # no class of a stylesheet
@@ -667,7 +667,7 @@ PRIVATE = [(tag, re.compile(hint), regex.compile(pattern), check) for tag, hint,
     ("<PHONE>", NUMBER,    # +..., or ten digits of North America, where no part begins with 0 or 1
      r"(?<![\w+)\]])\+[1-9](?:[ .()-]{0,2}\d){9,14}(?!\w)|(?<![\w.(/-])(?:1[ .-])?"
      r"(?:[2-9]\d\d([.-])[2-9]\d\d\1|\([2-9]\d\d\) ?[2-9]\d\d[ .-])\d{4}(?!\w|[.-]\d)", None),
-    ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None))]
+    ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None)]
 
 
 def scrub(text):
@@ -679,8 +679,8 @@ def scrub(text):
                 return m[0]
             found[placeholder] += 1
             return placeholder
-        if hint.search(text):    # else cleaning takes a third longer
-            text = pattern.sub(replace, text)
+        if re.search(hint, text):    # else cleaning takes a third longer
+            text = regex.sub(pattern, replace, text)
     return text, found
 
 
@@ -688,7 +688,7 @@ def scrub(text):
 # Deduplicate: texts that are equal, have the same address, or share most of their shingles
 
 BANDS, ROWS, SHINGLE = 14, 8, 5    # FineWeb's: texts meet if all 8 hashes of one of 14 bands agree
-A, B = np.random.default_rng(20240601).integers(0, 2 ** 64, (2, BANDS * ROWS), np.uint64)
+FACTORS, SHIFTS = np.random.default_rng(20240601).integers(0, 2 ** 64, (2, BANDS * ROWS), np.uint64)
 NO_KEY = bytes(c for c in range(128) if not chr(c).isalnum())
 
 
@@ -724,13 +724,14 @@ def compared_by(text, items):
 def minhash(words):
     """Keys (BANDS,) uint64 of a text from the hashes (N,) uint64 of its words.
 
-    Each band is ROWS least hashes of the text's runs of SHINGLE words. Two texts of Jaccard
-    similarity s share a key with a chance of 1 - (1 - s ^ ROWS) ^ BANDS: 21 % at 0.6, 92 % at 0.8."""
+    A key stands for the least of ROWS hash functions over all runs of SHINGLE words. Of two texts a
+    share of the leasts agrees that is their Jaccard similarity s, so they have a key in common with
+    a chance of 1 - (1 - s ^ ROWS) ^ BANDS: 21 % at 0.6, 92 % at 0.8."""
     grams = ngram_hashes(words, min(SHINGLE, len(words))) >> np.uint64(32)
     least = np.full(BANDS * ROWS, np.iinfo(np.uint64).max)
     for i in range(0, len(grams), 512):    # blocks that stay in the cache
         # (a x + b mod 2^64) >> 32 with odd a is a strongly universal hash of 32-bit x
-        hashes = np.multiply.outer(grams[i:i + 512], A | np.uint64(1)) + B
+        hashes = np.multiply.outer(grams[i:i + 512], FACTORS | np.uint64(1)) + SHIFTS
         least = np.minimum(least, hashes.min(axis=0))
     bands = (least >> np.uint64(32)).reshape(BANDS, ROWS)
     return ngram_hashes(bands.T, ROWS)[0]
@@ -1012,14 +1013,14 @@ def read_texts(work, docs, part):
                 yield doc, text[:doc["cut"]] if part == "train" else text[doc["cut"]:]
 
 
-def learn_tokenizer(cfg, docs, own, work, group):
+def learn_tokenizer(cfg, docs, own, work):
     """A tokenizer of the training text as it is mixed, or of a sample if there is much."""
     if cfg.tokenizer == "chars":
         letters = set()
         for part in PARTS:
             for _, text in read_texts(work, own, part):
                 letters.update(text)
-        letters = sorted(set().union(*gather(letters, group)))
+        letters = sorted(set().union(*gather(letters)))
         return make_encoding("chars", r"[\s\S]", {c.encode(): i for i, c in enumerate(letters)})
     share = SAMPLE / (docs["train"] * docs["bytes"]).sum()
     own = own[own["key"][:, 0] * np.uint64(0x9E3779B97F4A7C15) / 2.0 ** 64 < share]
@@ -1027,29 +1028,39 @@ def learn_tokenizer(cfg, docs, own, work, group):
     size = cfg.vocab_size - 4    # the control tokens of make_encoding
     if cfg.vocab_size > 1024:    # and its rounding up, which shall not leave ids unused
         size += -cfg.vocab_size % 64
-    ranks = train_bpe(sum(gather(pieces, group), Counter()), size)
+    ranks = train_bpe(sum(gather(pieces), Counter()), size)
     if len(ranks) < size:
         fail(f"--vocab_size {cfg.vocab_size}: this text supports at most {len(ranks) + 4} ids; ask "
              f"for fewer or give more text")
     return make_encoding("bpe", SPLIT_PATTERN, ranks)
 
 
-def encode_texts(enc, texts, path, dtype):
-    """Write the ids of texts to a file, little-endian. Returns rows (ids, bytes of text)."""
-    rows = []
-    with open(path, "wb") as f:
-        for _, text in texts:
+def write_tokens(enc, dtype, part, own, work, rank):
+    """Write the ids of the texts for train or val, little-endian: every rank of its own texts, then
+    the first rank puts them together. Returns the numbers of documents, tokens, bytes of text."""
+    sizes = []    # (tokens, bytes) of each document
+    with open(work / f"{part}.{rank}", "wb") as f:
+        for _, text in read_texts(work, own, part):
             ids = encode(enc, text, dtype)
             f.write(ids.tobytes())
-            rows.append((len(ids), len(text.encode())))
-    return np.array(rows, np.int64).reshape(-1, 2)
+            sizes.append((len(ids), len(text.encode())))
+    every = gather(np.array(sizes, np.int64).reshape(-1, 2))
+    sizes = np.concatenate(every)
+    if rank == 0:
+        np.cumsum(sizes[:, 0]).astype("<u8").tofile(work / f"{part}.idx")
+        with open(work / f"{part}.bin", "wb") as joined:
+            for number in range(len(every)):
+                with open(work / f"{part}.{number}", "rb") as f:
+                    shutil.copyfileobj(f, joined, 1 << 22)
+    return len(sizes), *sizes.sum(axis=0).tolist()
 
 
-def gather(x, group):
+def gather(x):
     """[x of rank 0, x of rank 1, ...] on every rank; also where ranks wait for each other."""
-    every = [x] * (dist.get_world_size(group) if group else 1)
-    if group:
-        dist.all_gather_object(every, x, group=group)
+    if not dist.is_initialized():
+        return [x]
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, x)
     return every
 
 
@@ -1072,13 +1083,11 @@ def clean_share(cfg, parts, work, rank, world):
     return docs, counts
 
 
-def prepare(cfg, parts, weights, enc, work, group):
+def prepare(cfg, parts, weights, enc, work, rank, world):
     """Fill the working folder; returns the manifest (on the first rank)."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
-
     # 1. Clean: every rank its share
     docs, counts = clean_share(cfg, parts, work, rank, world)
-    docs, counts = np.concatenate(gather(docs, group)), sum(gather(counts, group), Counter())
+    docs, counts = np.concatenate(gather(docs)), sum(gather(counts), Counter())
     check_readable(docs, parts, cfg)
 
     # 2. Decide which documents stay, and for what
@@ -1088,44 +1097,29 @@ def prepare(cfg, parts, weights, enc, work, group):
 
     # 3. Learn a tokenizer
     own = docs[docs["rank"] == rank]
-    enc = enc or learn_tokenizer(cfg, docs, own, work, group)
+    enc = enc or learn_tokenizer(cfg, docs, own, work)
 
-    # 4. Encode: every rank its texts
+    # 4. Encode
     dtype = np.dtype("<u2" if enc.n_vocab <= 2 ** 16 else "<u4")
-    sizes = {}
+    totals = dict(documents={}, tokens={}, bytes={})
     for part in PARTS:
-        rows = encode_texts(enc, read_texts(work, own, part), work / f"{part}.{rank}", dtype)
-        sizes[part] = np.concatenate(gather(rows, group))
+        for name, n in zip(totals, write_tokens(enc, dtype, part, own, work, rank)):
+            totals[name][part] = n
 
     # 5. Write down what happened
     if rank == 0:
         settings = {name: value for name, value in asdict(cfg).items() if name != "out"}
         thresholds = {rule.__name__: str(inspect.signature(rule)) for rule in RULES}
         manifest = dict(dtype=dtype.name, vocab_size=enc.n_vocab, encoding_hash=encoding_hash(enc),
-                        **join_ranks(work, sizes, world), settings=settings, thresholds=thresholds,
-                        contaminated=leaks, ledger=make_ledger(docs, counts, work))
+                        **totals, settings=settings, thresholds=thresholds, contaminated=leaks,
+                        ledger=make_ledger(docs, counts, work))
         (work / "encoding.json").write_text(json.dumps(encoding_to_dict(enc), indent=1))
         (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         if cfg.dropped:
             write_dropped(docs, parts, work)
-        for file in work.glob("*.[0-9]*"):
+        for file in work.glob("*.[0-9]*"):    # of single ranks
             file.unlink()
         return manifest
-
-
-def join_ranks(work, sizes, world):
-    """Put the ids of all ranks into one file, write where texts end. Returns the counts of the
-    manifest."""
-    counts = dict(documents={}, tokens={}, bytes={})
-    for part, rows in sizes.items():
-        with open(work / f"{part}.bin", "wb") as joined:
-            for rank in range(world):
-                with open(work / f"{part}.{rank}", "rb") as f:
-                    shutil.copyfileobj(f, joined, 1 << 22)
-        np.cumsum(rows[:, 0]).astype("<u8").tofile(work / f"{part}.idx")
-        counts["documents"][part] = len(rows)
-        counts["tokens"][part], counts["bytes"][part] = rows.sum(axis=0).tolist()
-    return counts
 
 
 def make_ledger(docs, counts, work):
@@ -1177,18 +1171,17 @@ def main(cfg):
     if occupied and not (out / "train.idx").exists():
         fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
     enc = None if cfg.tokenizer in ("train", "chars") else load_tokenizer(cfg.tokenizer)
-    group, rank = None, 0
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
         dist.init_process_group("gloo")
-        group, rank = dist.group.WORLD, dist.get_rank()
     work = out.with_name(f".{out.name}.tmp")
     try:
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)    # of a run that was killed
         inputs = find_parts(cfg) if rank == 0 else None    # fetches what is on the hub
-        inputs = gather(inputs, group)[0]
+        parts, weights = gather(inputs)[0]
         work.mkdir(parents=True, exist_ok=True)
-        manifest = prepare(cfg, *inputs, enc, work, group)
+        manifest = prepare(cfg, parts, weights, enc, work, rank, world)
         if rank == 0:
             old = work.with_suffix(".old")    # a half-written folder never has the final name
             if out.exists():
@@ -1196,12 +1189,12 @@ def main(cfg):
             work.rename(out)
             shutil.rmtree(old, ignore_errors=True)
             report(manifest, cfg.out, time.time() - started)
-        gather(None, group)    # the folder is of all
+        gather(None)    # the folder is of all
     except OSError as e:
         fail(f"{e.filename or work}: {e.strerror or e}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if group:
+        if world > 1:
             dist.destroy_process_group()    # else gloo's threads abort the process now and then
 
 

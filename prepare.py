@@ -9,7 +9,7 @@ Out:  out/tokens/: train.bin val.bin (little-endian ids), train.idx val.idx (whe
     torchrun --nproc_per_node=8 prepare.py --input crawl/*.warc.gz    # the same bytes, sooner
     python prepare.py --input shakespeare.txt --tokenizer chars --no-clean --split tail
 
-You will see what each rule dropped, with an example: of 4,579 embedded documents 3,840 stay. Rules
+You will see what each rule dropped, with an example: of 4,368 embedded documents 3,631 stay. Rules
 for web pages (Gopher's quality, C4, FineWeb) apply to HTML, WARC, WET and rows with a url, those
 against repetition and spam not to rows of questions or chats. Thresholds are the defaults of the
 rules: change them there, or leave a rule out with --skip.
@@ -280,19 +280,17 @@ SPACES = dict(br="\x1e", td=" ", th=" ")    # \x1e: a line end that stays one
 
 
 def html_blocks(page, silent_tags):
-    """[(tag, text, characters inside links), ...] of a page, in one pass, whatever it looks like.
-
-    What stands in a silent element is deleted when that closes, so that one which never does costs
-    nothing else."""
+    """[(tag, text, characters inside links), ...] of a page, in one pass. What stands in a silent
+    element is deleted when that closes, so that one which never does costs nothing else."""
     pieces = TAG.split(HIDDEN.sub("", page))    # text, "/" or "", name, attributes, text, ...
-    blocks, silent, link = [["", [html.unescape(pieces[0])], 0]], [], False
+    blocks, silent, link = [dict(tag="", parts=[html.unescape(pieces[0])], linked=0)], [], False
     tags = zip(pieces[1::4], pieces[2::4], pieces[3::4], pieces[4::4])
     for closing, name, attributes, text in tags:
-        name = name.lower() if name else "!"    # a comment or a declaration
+        name = (name or "").lower()    # none: a comment or a declaration
         if name == "a":
             link = not closing and "href" in attributes.lower()
         elif name in SPACES:
-            blocks[-1][1].append(SPACES[name])
+            blocks[-1]["parts"].append(SPACES[name])
         elif name in silent_tags:
             if not closing and len(silent) < 100:    # deeper is no page
                 silent.append((name, len(blocks)))
@@ -301,20 +299,21 @@ def html_blocks(page, silent_tags):
                 while opened != name:    # left open inside of it
                     opened, begin = silent.pop()
                 del blocks[begin:]
-            blocks.append(["", [], 0])
+            blocks.append(dict(tag="", parts=[], linked=0))
         elif name in BLOCKS:
-            blocks.append(["" if closing else name, [], 0])
+            blocks.append(dict(tag="" if closing else name, parts=[], linked=0))
             link = link and not (closing and name in ("p", "li", "tr"))    # an <a> left open
         text = html.unescape(text)
-        blocks[-1][1].append(text)
-        blocks[-1][2] += len(text) * link
+        blocks[-1]["parts"].append(text)
+        if link:
+            blocks[-1]["linked"] += len(text)
     found = []
-    for tag, parts, linked in blocks:
-        lines = "".join(parts).strip("\n").split(SPACES["br"])
-        if tag != "pre":
+    for block in blocks:
+        lines = "".join(block["parts"]).strip("\n").split(SPACES["br"])
+        if block["tag"] != "pre":
             lines = [" ".join(line.split()) for line in lines]
         if text := "\n".join(filter(str.strip, lines)):
-            found.append((tag, text, linked))
+            found.append((block["tag"], text, block["linked"]))
     return found
 
 
@@ -373,8 +372,8 @@ def page_text(data, content_type=""):
 # ------------------------------------------------------------------------------------------------
 # Normalise and filter: each rule takes a Doc and returns why the text must go, or None
 
-TAIL = "".join(chr(i) + bytes([i]).decode("cp1252", "ignore") for i in range(0x80, 0xC0))
-TAIL = f"[{re.escape(TAIL)}]"    # what the second and later bytes of a character look like
+LATER = "".join(chr(i) + bytes([i]).decode("cp1252", "ignore") for i in range(0x80, 0xC0))
+TAIL = f"[{re.escape(LATER)}]"    # what the second and later bytes of a character look like
 MOJIBAKE = f"[\xc2-\xdf]{TAIL}|[\xe0-\xef]{TAIL}{{2}}|[\xf0-\xf4]{TAIL}{{3}}"
 # what nobody writes: Ã© Â° lÃ­ â€™ ðŸ˜€, or three in a row; but ß“ and É» are the end of a quotation
 PROOF = re.compile(f"[ÂÃ][\xa1-\xaa\xac-\xba\xbc-\xbf]|Â\xa0|[a-z]Ã{TAIL}|â€|ðŸ"
@@ -385,8 +384,7 @@ INVISIBLE = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b-\u200d\u2060-\u2064
 
 
 def repair(text):
-    """UTF-8 that was read as cp1252 or latin-1 and written again, put right: "cafÃ©" -> "café". Not
-    where all of it might be meant."""
+    """UTF-8 that was read as cp1252 or latin-1 put right, where there is PROOF: cafÃ© -> café."""
     def fix(m):
         data = b"".join(c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in m[0])
         return data.decode(errors="ignore") or m[0]
@@ -444,7 +442,7 @@ def split_words(text):
 
 def text_size(text):
     """Characters; a wide one says as much as two others."""
-    return len(text) if text.isascii() else len(text) + len(WIDE.findall(text))
+    return len(text) + len(WIDE.findall(text))
 
 
 class Doc:
@@ -623,7 +621,6 @@ ALL_RULES = ("repair", *(rule.__name__ for rule in RULES), "scrub", *DUPLICATES,
 # ------------------------------------------------------------------------------------------------
 # Scrub: personal data -> placeholders, which no pattern matches again
 
-
 def luhn(text):
     """The check of card numbers: every second digit from the right twice, the sum ends in 0."""
     digits = [int(c) for c in reversed(text) if c.isdigit()]
@@ -710,8 +707,7 @@ def shingle_word(word):
 
 
 def compared_by(text, items):
-    """What a text is compared by, with others and with the evaluation items in {n: {hash: item}}:
-    fields of DOC."""
+    """The fields of DOC by which a text is told from others and from evaluation items."""
     words = split_words(text.lower())
     hashes = np.fromiter(map(shingle_word, words), np.uint64, len(words))
     leaks, plain_words = {}, match_words(text)
@@ -752,13 +748,14 @@ def join(root, numbers, keys):
     from each document to the smallest number of its cluster, in whatever order they come."""
     def find(i):
         while root[i] != i:
-            root[i] = i = root[root[i]]
+            root[i] = root[root[i]]    # a shorter way for the next one
+            i = root[i]
         return i
-    order = np.lexsort((numbers, keys))
-    equal = keys[order][1:] == keys[order][:-1]
-    for a, b in zip(numbers[order][:-1][equal].tolist(), numbers[order][1:][equal].tolist()):
-        a, b = find(a), find(b)
-        root[max(a, b)] = min(a, b)
+    first = {}
+    for number, key in zip(numbers.tolist(), keys.tolist()):
+        if (other := first.setdefault(key, number)) != number:
+            a, b = find(other), find(number)
+            root[max(a, b)] = min(a, b)
 
 
 def deduplicate(docs, skip):
@@ -782,7 +779,6 @@ def deduplicate(docs, skip):
 
 # ------------------------------------------------------------------------------------------------
 # Decontaminate: GPT-3's rule (2005.14165, app. C), but a document with a hit goes as a whole
-
 
 def read_items(path):
     """{n: {hash of n words in a row: the evaluation item that they give away}}"""
@@ -912,8 +908,9 @@ DOC = np.dtype([
 def clean(text, kind, cfg, counts):
     """(clean text, why it must go or ""); what was changed is counted."""
     if not text.isascii() and "repair" not in cfg.skip:
-        text, before = repair(text), text
-        counts["texts with mojibake repaired"] += text != before
+        before, text = text, repair(text)
+        if text != before:
+            counts["texts with mojibake repaired"] += 1
     doc = Doc(normalise(text), cfg.languages)
     if not doc.text:
         return "", "empty"
@@ -934,8 +931,7 @@ def clean(text, kind, cfg, counts):
 
 
 def clean_part(number, part, cfg, items, f, counts):
-    """Write the texts of a part of the input to f, cleaned until dropped; count what was changed.
-    Returns docs (N,) DOC."""
+    """Write the texts of a part of the input to f, cleaned until dropped. Returns docs (N,) DOC."""
     source, path, start, end = part
     docs, unreadable = [], []
     for at, record in enumerate(read_part(path, start, end)):
@@ -944,8 +940,8 @@ def clean_part(number, part, cfg, items, f, counts):
             record = dict(text="", kind=ROW, reason=UNREADABLE + record)
         whole = record["text"].encode(errors="replace").decode()    # JSON can spell half a letter
         why = record.get("reason", "")
-        invalid = whole.count("\ufffd")
-        counts["characters that could not be read"] += invalid
+        if invalid := whole.count("\ufffd"):
+            counts["characters that could not be read"] += invalid
         if invalid > 0.1 * len(whole):
             whole, why = "", UNREADABLE + "not UTF-8 text"
         elif not why and not whole.strip():
@@ -972,18 +968,18 @@ def check_readable(docs, parts, cfg):
     """An error where most of an --input cannot be read."""
     for source, item in enumerate(cfg.input):
         these = docs[docs["source"] == source]
-        bad = [i for i, reason in enumerate(these["reason"]) if reason.startswith(UNREADABLE)]
+        bad = [doc for doc in these if doc["reason"].startswith(UNREADABLE)]
         if len(bad) > 0.5 * len(these):
             fail(f"--input {item}: {len(bad)} of {len(these)} records cannot be read, the first is "
-                 f"in {parts[these['part'][bad[0]]][1]}, {these['reason'][bad[0]]}")
+                 f"in {parts[bad[0]['part']][1]}, {bad[0]['reason']}")
 
 
 def split_and_mix(docs, weights, cfg):
     """Decide how many characters of each document are for training (the rest is for validation),
     and how often it is seen in either."""
     kept = docs["reason"] == ""
-    chars, number = docs["chars"] * kept, kept.sum() * cfg.val_fraction
-    if cfg.split == "tail" or 0 < number < 4:    # too few to pick some by hash
+    chars = docs["chars"] * kept
+    if cfg.split == "tail" or 0 < kept.sum() * cfg.val_fraction < 4:    # too few to pick by hash
         before = np.cumsum(chars) - chars
         docs["cut"] = np.clip(int(chars.sum() * (1 - cfg.val_fraction)) - before, 0, chars)
     else:    # the least key of a cluster draws for all its texts, whatever the order of the input
@@ -991,8 +987,8 @@ def split_and_mix(docs, weights, cfg):
         np.minimum.at(least, docs["root"], docs["key"][:, 0])
         draw = (least[docs["root"]] ^ np.uint64(hash64(str(cfg.seed)))) / 2.0 ** 64
         docs["cut"] = np.where(draw < cfg.val_fraction, 0, chars)
-    times, draw = np.array(weights)[docs["source"]], docs["key"][:, 1] / 2.0 ** 64
-    docs["train"] = np.floor(times + draw) * (docs["cut"] > 0)    # 1.5: one or two times
+    draw = docs["key"][:, 1] / 2.0 ** 64    # a weight of 1.5: one or two times
+    docs["train"] = np.floor(np.array(weights)[docs["source"]] + draw) * (docs["cut"] > 0)
     docs["val"] = docs["cut"] < chars
     docs["dropped"] = ~kept
     if not docs["train"].any():
@@ -1064,13 +1060,13 @@ def gather(x):
     return every
 
 
-def clean_share(cfg, parts, work, rank, world):
+def clean_share(cfg, parts, work, rank, world_size):
     """Clean this rank's share of the parts: as many bytes as the others, in order. Returns (docs
     (N,) DOC, {what was changed: in how many texts})."""
     searched = cfg.clean and cfg.eval != "none" and "contaminated" not in cfg.skip
     items = read_items(cfg.eval) if searched else {}
     sizes = [max(1, min(end, path.stat().st_size) - start) for _, path, start, end in parts]
-    owner = (np.cumsum(sizes) - sizes) * world // sum(sizes)
+    owner = (np.cumsum(sizes) - sizes) * world_size // sum(sizes)
     docs, counts, shown = [np.zeros(0, DOC)], Counter(), time.time()
     with open(work / f"text.{rank}", "wb") as f:
         for n in np.flatnonzero(owner == rank).tolist():
@@ -1083,10 +1079,10 @@ def clean_share(cfg, parts, work, rank, world):
     return docs, counts
 
 
-def prepare(cfg, parts, weights, enc, work, rank, world):
+def prepare(cfg, parts, weights, enc, work, rank, world_size):
     """Fill the working folder; returns the manifest (on the first rank)."""
     # 1. Clean: every rank its share
-    docs, counts = clean_share(cfg, parts, work, rank, world)
+    docs, counts = clean_share(cfg, parts, work, rank, world_size)
     docs, counts = np.concatenate(gather(docs)), sum(gather(counts), Counter())
     check_readable(docs, parts, cfg)
 
@@ -1136,8 +1132,7 @@ def make_ledger(docs, counts, work):
 
 
 def write_dropped(docs, parts, work):
-    """Documents are named pages/007.html#0 or raw/corpus.jsonl@16777216#12: file, first byte of
-    the part, record."""
+    """Names are pages/007.html#0 or raw/big.jsonl@16777216#12: file, first byte of part, record."""
     with open(work / "dropped.jsonl", "w") as f:
         for doc, text in read_texts(work, docs, "dropped"):
             _, path, start, _ = parts[doc["part"]]
@@ -1151,9 +1146,10 @@ def report(manifest, out, seconds):
     print0(f"{'':<47}{'documents':>11}{'bytes':>15}   for example")
     counts = Counter()
     for row in manifest["ledger"]:
-        print0(f"{row['kind']:<9}{row['name']:<38}{row['documents']:>11,}{row['bytes']:>15,}   "
-               + "".join(row["examples"][:1])[:32])
         counts[row["kind"]] += row["documents"]
+        example = row["examples"][0] if row["examples"] else ""
+        print0(f"{row['kind']:<9}{row['name']:<38}{row['documents']:>11,}{row['bytes']:>15,}   "
+               f"{example[:32]}")
     for part in PARTS:
         print0(f"{'':<9}{part:<38}{manifest['documents'][part]:>11,}{manifest['bytes'][part]:>15,}"
                f"   {manifest['tokens'][part]:,} tokens")
@@ -1171,8 +1167,8 @@ def main(cfg):
     if occupied and not (out / "train.idx").exists():
         fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
     enc = None if cfg.tokenizer in ("train", "chars") else load_tokenizer(cfg.tokenizer)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
         dist.init_process_group("gloo")
     work = out.with_name(f".{out.name}.tmp")
     try:
@@ -1181,7 +1177,7 @@ def main(cfg):
         inputs = find_parts(cfg) if rank == 0 else None    # fetches what is on the hub
         parts, weights = gather(inputs)[0]
         work.mkdir(parents=True, exist_ok=True)
-        manifest = prepare(cfg, parts, weights, enc, work, rank, world)
+        manifest = prepare(cfg, parts, weights, enc, work, rank, world_size)
         if rank == 0:
             old = work.with_suffix(".old")    # a half-written folder never has the final name
             if out.exists():
@@ -1194,7 +1190,7 @@ def main(cfg):
         fail(f"{e.filename or work}: {e.strerror or e}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if world > 1:
+        if world_size > 1:
             dist.destroy_process_group()    # else gloo's threads abort the process now and then
 
 

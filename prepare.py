@@ -176,7 +176,7 @@ def decode(data, charset=""):
     codec = CHARSETS.get(codec, codec)
     text = data.decode(errors="replace").removeprefix("\ufeff")    # a byte order mark
     not_ascii = len(text) - len(text.encode("ascii", "ignore"))
-    if not_ascii >= 2 * text.count("\ufffd") and codec != "iso2022_jp":    # looks like ASCII
+    if not_ascii >= 2 * text.count("\ufffd") and codec != "iso2022_jp":    # which looks like ASCII
         return text
     if re.match("big5|cp|euc|gb|iso|koi|mac", codec):    # no UTF, and no "base64" or "idna"
         return data.decode(codec, errors="replace")
@@ -834,8 +834,8 @@ def train_bpe(counts, size):
     def neighbours(word):
         return [a + b for a, b in zip(word, word[1:])]
 
-    words = [word.encode().decode("latin-1") for word in sorted(counts)]    # byte b is chr(b)
-    weights = [counts[word] for word in sorted(counts)]
+    words = [word.encode().decode("latin-1") for word in counts]    # byte b is chr(b)
+    weights = list(counts.values())
     pairs, where = defaultdict(int), defaultdict(set)    # pair -> count, words that may hold it
     for number, word in enumerate(words):
         for pair in neighbours(word):
@@ -933,10 +933,10 @@ def clean(text, kind, cfg, counts):
 def clean_part(number, part, cfg, items, f, counts):
     """Write the texts of a part of the input to f, cleaned until dropped. Returns docs (N,) DOC."""
     source, path, start, end = part
-    docs, unreadable = [], []
+    docs, bad = [], []
     for at, record in enumerate(read_part(path, start, end)):
         if isinstance(record, str):
-            unreadable.append(f"record {at + 1}: {record}")
+            bad.append(f"record {at + 1}: {record}")
             record = dict(text="", kind=ROW, reason=UNREADABLE + record)
         whole = record["text"].encode(errors="replace").decode()    # JSON can spell half a letter
         why = record.get("reason", "")
@@ -958,9 +958,8 @@ def clean_part(number, part, cfg, items, f, counts):
                        bytes=f.write(text.encode()), key=text_key(text), reason=reason,
                        url=hash64(f"{url or (number, at)} {piece}"), **compared)
             docs.append(tuple(doc.get(name, 0) for name in DOC.names))
-    if len(unreadable) > max(1, 0.01 * len(docs)):
-        fail(f"{path}: {len(unreadable)} of {len(docs)} records cannot be read, the first is "
-             f"{unreadable[0]}")
+    if len(bad) > max(1, 0.01 * len(docs)):
+        fail(f"{path}: {len(bad)} of {len(docs)} records cannot be read, the first is {bad[0]}")
     return np.array(docs, DOC)
 
 

@@ -9,7 +9,7 @@ Out:  out/tokens/: train.bin val.bin (little-endian ids), train.idx val.idx (whe
     torchrun --nproc_per_node=8 prepare.py --input crawl/*.warc.gz    # the same bytes, sooner
     python prepare.py --input shakespeare.txt --tokenizer chars --no-clean --split tail
 
-You will see what each rule dropped, with an example: of 4,579 embedded documents 3,840 stay. Rules
+You will see what each rule dropped, with an example: of 4,368 embedded documents 3,631 stay. Rules
 for web pages (Gopher's quality, C4, FineWeb) apply to HTML, WARC, WET and rows with a url, those
 against repetition and spam not to rows of questions or chats. Thresholds are the defaults of the
 rules: change them there, or leave a rule out with --skip.
@@ -73,10 +73,10 @@ class Config:
 CHUNK = 1 << 24      # bytes: the part of a large file that a rank takes, and the longest document
 LARGEST = 1 << 28    # bytes of a line, page or record; what is longer is a decompression bomb
 ROW, TEXT, PAGE = range(3)    # kinds of text: from the fields of a row, plain text, a web page
-KINDS = "txt md jsonl json html htm warc wet parquet"
-FORMAT = re.compile(rf"\.({KINDS.replace(' ', '|')})(\.gz|\.zst)?$", re.I)
-SHARED = re.compile(r"\.(txt|md|jsonl)$", re.I)    # what ranks can share a file of
-UNREADABLE = "unreadable: "    # the reasons of records that show no text begin so
+FORMATS = "txt md jsonl json html htm warc wet parquet"
+SUFFIX = re.compile(rf"\.({FORMATS.replace(' ', '|')})(\.gz|\.zst)?$", re.I)
+SHARED = re.compile(r"\.(txt|md|jsonl)$", re.I)    # files that ranks can read in parts
+UNREADABLE = "unreadable: "    # so begins the reason of a record whose text cannot be read
 
 
 def find_parts(cfg):
@@ -84,62 +84,72 @@ def find_parts(cfg):
     parts, weights = [], []
     for source, item in enumerate(cfg.input):
         path, weight = re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", item).groups("1")
+        weights.append(float(weight))
         files = set()
         for place in map(Path, glob.glob(path, recursive=True) or [find_file(path)]):
             files.update(place.rglob("*") if place.is_dir() else [place])
-        files = [f for f in files if FORMAT.search(f.name) and f.is_file() and f.name[0] != "."]
+        files = [f for f in files if SUFFIX.search(f.name) and f.is_file() and f.name[0] != "."]
         if not files:
-            fail(f"--input {item}: no {KINDS} file (or .gz, .zst) there")
+            fail(f"--input {item}: no {FORMATS} file (or .gz, .zst) there")
         for file in sorted(files):
-            size, shared = file.stat().st_size, SHARED.search(file.name)
-            for start in range(0, size if shared else 1, CHUNK):
-                parts.append((source, file, start, start + CHUNK if shared else math.inf))
-        weights.append(float(weight))
+            if SHARED.search(file.name):
+                starts = range(0, file.stat().st_size, CHUNK)
+                parts += [(source, file, start, start + CHUNK) for start in starts]
+            else:
+                parts.append((source, file, 0, math.inf))
     return parts, weights
 
 
 def read_part(path, start, end):
     """Yield the records of a part of a file. A damaged archive ends the run, a damaged page not."""
-    kind = FORMAT.search(path.name)[1].lower()
+    file_format = SUFFIX.search(path.name)[1].lower()
     try:
         with open_file(path) as f:
-            yield from read_records(kind, f, start, end)
+            yield from read_records(file_format, f, start, end)
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
-        if kind in ("jsonl", "parquet", "warc", "wet") or path.stat().st_size > CHUNK:
+        archive = file_format in ("jsonl", "parquet", "warc", "wet")
+        if archive or path.stat().st_size > CHUNK:
             fail(f"{path}: damaged ({' '.join(str(e).split())}); fetch it again")
         yield "damaged file"
 
 
-def read_records(kind, f, start, end):
-    """Yield what the bytes from start to end of a file of this kind hold."""
-    if kind in ("txt", "md"):
+def read_records(file_format, f, start, end):
+    """Yield what the bytes from start to end of a file hold."""
+    if file_format in ("txt", "md"):
         for text in read_blocks(f, start, end):
             yield dict(text=text, kind=TEXT)
-    elif kind in ("jsonl", "json"):
-        texts = read_blocks(f, start, end) if kind == "jsonl" else [decode(f.read(LARGEST))]
-        for text in texts:
-            for row in json_rows(text):
-                yield "not JSON" if row is None else row_record(row)
-        if f.read(1) and kind == "json":
-            raise ValueError("longer than 256 MB, which only JSON lines (.jsonl) may be")
-    elif kind == "parquet":
+    elif file_format == "jsonl":
+        for text in read_blocks(f, start, end):
+            yield from map(row_record, json_rows(text))
+    elif file_format == "json":
+        yield from map(row_record, json_rows(read_whole(f)))
+    elif file_format == "parquet":
         for batch in need("pyarrow.parquet").ParquetFile(f).iter_batches(1000):
             yield from map(row_record, batch.to_pylist())
-    elif kind in ("html", "htm"):
+    elif file_format in ("html", "htm"):
         yield dict(text=page_text(f.read(LARGEST)), kind=PAGE)
     else:
         yield from read_warc(f)
 
 
+def read_whole(f):
+    data = f.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError("longer than 256 MB, which only lines of UTF-8 (.txt .md .jsonl) may be")
+    return decode(data)
+
+
 def read_blocks(f, start, end):
     """Yield the text of the lines that begin from byte start to end, about CHUNK bytes a time."""
-    at, size = 0, CHUNK
-    if f.peek(2)[:2] in UTF16:    # not to be cut at a byte b"\n": all at once
-        size, end = LARGEST, 0 if start else LARGEST
-    elif start:
+    if f.peek(2)[:2] in UTF16:    # a byte b"\n" may be half of another letter
+        if start == 0:
+            yield read_whole(f)
+        return
+    at = start
+    if start:    # the line that goes on here is of the part before
         f.seek(start - 1)
         at = start - 1 + len(f.readline(LARGEST))
-    while at < end and (data := f.read(min(size, end - at))):
+    while at < end and (data := f.read(min(CHUNK, end - at))):
         if data[-1:] != b"\n":
             data += f.readline(LARGEST)
         if len(data) > LARGEST:
@@ -165,8 +175,8 @@ def decode(data, charset=""):
         codec = ""
     codec = CHARSETS.get(codec, codec)
     text = data.decode(errors="replace").removeprefix("\ufeff")    # a byte order mark
-    invalid, not_ascii = text.count("\ufffd"), len(text) - len(text.encode("ascii", "ignore"))
-    if not_ascii >= 2 * invalid and codec != "iso2022_jp":    # which can look like ASCII
+    not_ascii = len(text) - len(text.encode("ascii", "ignore"))
+    if not_ascii >= 2 * text.count("\ufffd") and codec != "iso2022_jp":    # which looks like ASCII
         return text
     if re.match("big5|cp|euc|gb|iso|koi|mac", codec):    # no UTF, and no "base64" or "idna"
         return data.decode(codec, errors="replace")
@@ -177,24 +187,27 @@ def decode(data, charset=""):
 
 
 def row_record(row):
-    """The text of a row: plain text, a question with its answer, or a chat; and its origin."""
+    """A row as a record: plain text, a question with its answer, or a chat."""
+    if row is None:
+        return "not JSON"
     row = row if isinstance(row, dict) else dict(text=row)
-    text = next((row[k] for k in ("text", "content") if isinstance(row.get(k), str)), None)
-    record = dict(kind=ROW if text is None else TEXT, url=str(row.get("url") or ""))
-    if text is None:
-        try:
-            turns = conversation(row, *REPLIES)
-        except ValueError as e:    # read, but no text
-            return dict(record, text="", reason=str(e))
-        except (TypeError, AttributeError, LookupError):
-            return "not in a known format"
-        if not turns:
-            return "no field with text"
-        text = "\n".join(turn["content"] for turn in turns)    # a question with its answer
-        if len(turns) > 2 or any(row.get(name) for name in TALKS):
-            text = "\n\n".join(f"{t['role'].capitalize()}: {t['content']}" for t in turns)
-    text = text.encode(errors="replace").decode()    # JSON can spell half a character
-    return dict(record, text=text)
+    url = str(row.get("url") or "")
+    for name in ("text", "content"):
+        if isinstance(row.get(name), str):
+            return dict(text=row[name], kind=TEXT, url=url)
+    try:
+        turns = conversation(row, *REPLIES)
+    except ValueError as e:    # read, but not to be told as text
+        return dict(text="", kind=ROW, reason=str(e))
+    except (TypeError, AttributeError, LookupError):
+        return "not in a known format"
+    if not turns:
+        return "no field with text"
+    if len(turns) > 2 or any(row.get(name) for name in TALKS):
+        text = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+    else:    # a question with its answer
+        text = "\n".join(turn["content"] for turn in turns)
+    return dict(text=text, kind=ROW, url=url)
 
 
 def read_warc(f):
@@ -204,18 +217,20 @@ def read_warc(f):
             continue    # blank, or lost after a wrong length
         headers = read_headers(f)
         length = headers.get("content-length", "")
-        length = int(length) if length.isdecimal() else LARGEST + 1
-        block = f.read(length) if length <= LARGEST else b""
-        if len(block) < length or f.read(4) != b"\r\n\r\n":
+        known = length.isdecimal() and int(length) <= LARGEST
+        block = f.read(int(length)) if known else b""
+        if not known or f.read(4) != b"\r\n\r\n":
             yield "wrong Content-Length"
             continue
         record = dict(kind=PAGE, url=headers.get("warc-target-uri", ""))
         if headers.get("warc-type") == "conversion":
             yield dict(record, text=decode(block))
         elif headers.get("warc-type") == "response":
-            body, form, reason = http_body(io.BytesIO(block))
-            if "html" in form or body[:500].lstrip().lower().startswith((b"<!doctype", b"<html")):
-                yield dict(record, text="" if reason else page_text(body, form), reason=reason)
+            body, content_type, reason = http_body(io.BytesIO(block))
+            begin = body[:500].lstrip().lower()
+            if "html" in content_type or begin.startswith((b"<!doctype", b"<html")):
+                text = "" if reason else page_text(body, content_type)
+                yield dict(record, text=text, reason=reason)
 
 
 def read_headers(f):
@@ -230,20 +245,20 @@ def read_headers(f):
 def http_body(f):
     """(body, content type, why it is no page or "") of an HTTP response, decoded within bounds."""
     status = re.match(rb"HTTP/\S+ +(\d{3})", f.readline())
-    headers, chunks, reason = read_headers(f), [], ""
-    body = f.read()
+    headers = read_headers(f)
+    body, reason = f.read(), ""
     if "chunked" in headers.get("transfer-encoding", "").lower():
-        f = io.BytesIO(body)
+        f, chunks = io.BytesIO(body), []
         while (size := re.match(rb"[0-9a-fA-F]{1,8}", f.readline())) and int(size[0], 16):
             chunks.append(f.read(int(size[0], 16)))
             f.readline()
         body = b"".join(chunks) or body    # some crawlers join the chunks and keep the header
     if body[:2] in (b"\x1f\x8b", b"\x78\x9c", b"\x78\xda", b"\x78\x01"):    # gzip, deflate
         try:
-            body = zlib.decompressobj(47).decompress(body, LARGEST)
+            body = zlib.decompressobj(47).decompress(body, LARGEST)    # 47: either of them
         except zlib.error:
             reason = UNREADABLE + "damaged compression"
-    elif headers.get("content-encoding") in ("br", "zstd") and b"<" not in body.lstrip()[:1]:
+    elif headers.get("content-encoding") in ("br", "zstd") and not body.lstrip().startswith(b"<"):
         reason = f"{UNREADABLE}compressed by {headers['content-encoding']}"
     if status and not status[1].startswith(b"2"):
         reason = f"HTTP status {status[1].decode()}"
@@ -265,46 +280,46 @@ SPACES = dict(br="\x1e", td=" ", th=" ")    # \x1e: a line end that stays one
 
 
 def html_blocks(page, silent_tags):
-    """[(tag, text, characters inside links), ...] of a page, in one pass, whatever it looks like.
-
-    What stands in a silent element is deleted when that closes, so that one which never does costs
-    nothing else."""
-    first, *rest = TAG.split(HIDDEN.sub("", page))    # text, "/" or "", name, attributes, text, ...
-    blocks, silent, link = [["", [html.unescape(first)], 0]], [], False
-    for closing, name, attributes, text in zip(*(rest[i::4] for i in range(4))):
-        name = name.lower() if name else "!"    # a comment or a declaration
+    """[(tag, text, characters inside links), ...] of a page, in one pass. What stands in a silent
+    element is deleted when that closes, so that one which never does costs nothing else."""
+    pieces = TAG.split(HIDDEN.sub("", page))    # text, "/" or "", name, attributes, text, ...
+    blocks, silent, link = [dict(tag="", parts=[html.unescape(pieces[0])], linked=0)], [], False
+    tags = zip(pieces[1::4], pieces[2::4], pieces[3::4], pieces[4::4])
+    for closing, name, attributes, text in tags:
+        name = (name or "").lower()    # none: a comment or a declaration
         if name == "a":
             link = not closing and "href" in attributes.lower()
         elif name in SPACES:
-            blocks[-1][1].append(SPACES[name])
+            blocks[-1]["parts"].append(SPACES[name])
         elif name in silent_tags:
             if not closing and len(silent) < 100:    # deeper is no page
                 silent.append((name, len(blocks)))
             elif closing and name in [opened for opened, _ in silent]:
-                while (last := silent.pop())[0] != name:
-                    pass    # left open inside of it
-                del blocks[last[1]:]
-            blocks.append(["", [], 0])
+                opened, begin = silent.pop()
+                while opened != name:    # left open inside of it
+                    opened, begin = silent.pop()
+                del blocks[begin:]
+            blocks.append(dict(tag="", parts=[], linked=0))
         elif name in BLOCKS:
-            blocks.append(["" if closing else name, [], 0])
+            blocks.append(dict(tag="" if closing else name, parts=[], linked=0))
             link = link and not (closing and name in ("p", "li", "tr"))    # an <a> left open
         text = html.unescape(text)
-        blocks[-1][1].append(text)
-        blocks[-1][2] += len(text) * link
-    blocks = [(tag, block_text(tag, "".join(parts)), linked) for tag, parts, linked in blocks]
-    return [block for block in blocks if block[1]]
-
-
-def block_text(tag, text):
-    lines = text.strip("\n").split("\x1e")
-    if tag != "pre":
-        lines = [" ".join(line.split()) for line in lines]
-    return "\n".join(filter(str.strip, lines))
+        blocks[-1]["parts"].append(text)
+        if link:
+            blocks[-1]["linked"] += len(text)
+    found = []
+    for block in blocks:
+        lines = "".join(block["parts"]).strip("\n").split(SPACES["br"])
+        if block["tag"] != "pre":
+            lines = [" ".join(line.split()) for line in lines]
+        if text := "\n".join(filter(str.strip, lines)):
+            found.append((block["tag"], text, block["linked"]))
+    return found
 
 
 def function_words(words):
     """Share of the words that are function words of some language."""
-    return sum(map(ANY_LANGUAGE.__contains__, words)) / max(1, len(words))
+    return sum(word in ANY_LANGUAGE for word in words) / max(1, len(words))
 
 
 def judge_blocks(page, silent_tags):
@@ -323,8 +338,10 @@ def main_text(page):
         everything = judge_blocks(page, SILENT)
         if "s" not in kinds or re.search("[gn]", everything[1]):
             blocks, kinds = everything
-    for kind in "ns":    # a small page: what is near good stays; a few words: the rules will judge
-        kinds = kinds if "g" in kinds else kinds.replace(kind, "g")
+    if "g" not in kinds:    # a small page
+        kinds = kinds.replace("n", "g")
+    if "g" not in kinds:    # a few words, which the rules will judge
+        kinds = kinds.replace("s", "g")
     # near-good blocks stay beside another or a good one, short ones between two, headings before
     kinds = re.sub("(?<=g)[nsh]+|[nsh]+(?=g)|n[nsh]*n", lambda m: m[0].replace("n", "g"), kinds)
     kinds = re.sub("(?<=g)[sh]+(?=g)|h(?=g)", lambda m: "g" * len(m[0]), kinds)
@@ -344,19 +361,19 @@ def kind_of_block(tag, text, linked, known):
     return "n" if density >= 0.15 or tag == "pre" else "s"
 
 
-def page_text(data, form=""):
-    """The running text of a page, in the charset of its content type (`form`) or as it says."""
+def page_text(data, content_type=""):
+    """The running text of a page, in the charset that its content type or the page itself names."""
     named = re.search(rb"(?i)(?:<meta\b[^>]{0,500}?\bcharset|<\?xml\b[^>]{0,99}?\bencoding)"
                       rb"\s*=\s*[\"']?\s*([\w.:-]{1,40})",
-                      b"<meta " + form.encode() + b">" + data[:1 << 16])
+                      b"<meta " + content_type.encode() + b">" + data[:1 << 16])
     return main_text(decode(data, named[1].decode() if named else ""))
 
 
 # ------------------------------------------------------------------------------------------------
 # Normalise and filter: each rule takes a Doc and returns why the text must go, or None
 
-TAIL = "".join(chr(i) + bytes([i]).decode("cp1252", "ignore") for i in range(0x80, 0xC0))
-TAIL = f"[{re.escape(TAIL)}]"    # what the second and later bytes of a character look like
+LATER = "".join(chr(i) + bytes([i]).decode("cp1252", "ignore") for i in range(0x80, 0xC0))
+TAIL = f"[{re.escape(LATER)}]"    # what the second and later bytes of a character look like
 MOJIBAKE = f"[\xc2-\xdf]{TAIL}|[\xe0-\xef]{TAIL}{{2}}|[\xf0-\xf4]{TAIL}{{3}}"
 # what nobody writes: Ã© Â° lÃ­ â€™ ðŸ˜€, or three in a row; but ß“ and É» are the end of a quotation
 PROOF = re.compile(f"[ÂÃ][\xa1-\xaa\xac-\xba\xbc-\xbf]|Â\xa0|[a-z]Ã{TAIL}|â€|ðŸ"
@@ -367,13 +384,11 @@ INVISIBLE = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b-\u200d\u2060-\u2064
 
 
 def repair(text):
-    """UTF-8 that was read as cp1252 or latin-1 and written again, put right: "cafÃ©" -> "café". Not
-    where all of it might be meant."""
+    """UTF-8 that was read as cp1252 or latin-1 put right, where there is PROOF: cafÃ© -> café."""
     def fix(m):
         data = b"".join(c.encode("latin-1" if ord(c) < 256 else "cp1252") for c in m[0])
         return data.decode(errors="ignore") or m[0]
-    found = re.search(MOJIBAKE, text) and PROOF.search(text)
-    return re.sub(MOJIBAKE, fix, text) if found else text
+    return re.sub(MOJIBAKE, fix, text) if PROOF.search(text) else text
 
 
 def normalise(text):
@@ -427,21 +442,20 @@ def split_words(text):
 
 def text_size(text):
     """Characters; a wide one says as much as two others."""
-    return len(text) if text.isascii() else len(text) + len(WIDE.findall(text))
+    return len(text) + len(WIDE.findall(text))
 
 
 class Doc:
     """A text, and the views of it that several rules share. languages: those that are wanted."""
 
     def __init__(self, text, languages):
-        self.text, self.languages, self.words = text, languages, split_words(text)
+        self.text, self.languages = text, languages
+        self.words = split_words(text)
         spaced = text.isascii() or len(self.words) < 0.25 * len(text)    # looks no closer: slow
         self.unspaced = not spaced and len(UNSPACED.findall(text)) > 0.5 * len(self.words)
         self.unended = self.unspaced and re.search("[\u0e00-\u0eff]", text)    # Thai, Lao: no marks
         self.lines = [line.strip() for line in text.split("\n") if line.strip()]
-        self.counts = Counter()    # words in lower case, without the punctuation around them
-        for word, n in Counter(self.words).items():
-            self.counts[word.lower().strip(".,;:!?()[]\"“”‘’'")] += n
+        self.counts = Counter(word.lower().strip(".,;:!?()[]\"“”‘’'") for word in self.words)
 
     def count(self, known):
         """How many of the words are in this set."""
@@ -540,46 +554,49 @@ def gopher_quality(doc, min_words=50, max_words=100_000, word_length=(3, 10), ma
     """Gopher A1.1, with the stop words only where nothing but English is wanted."""
     text, lines, n = doc.text, doc.lines, len(doc.words)
     words = doc.count_with(str.isalnum)    # the others are just symbols
-    length = sum(map(len, doc.words)) / n * text_size(text[:2000]) / len(text[:2000])
+    width = text_size(text[:2000]) / len(text[:2000])
+    length = sum(map(len, doc.words)) / n * width
     symbols = max(text.count("#"), text.count("...") + text.count("…"))
+    bullets = sum(line.startswith(BULLETS) for line in lines)
     ellipses = sum(line.endswith(("...", "…")) for line in lines)
+    stop_words = len(doc.counts.keys() & STOP_WORDS)
     return first_true(
         few_words=words < min_words,
         many_words=words > max_words,
         word_length=not doc.unspaced and not word_length[0] <= length <= word_length[1],
         symbols=symbols > max_symbols * n,
-        bullets=sum(line.startswith(BULLETS) for line in lines) > max_bullets * len(lines),
+        bullets=bullets > max_bullets * len(lines),
         ellipses=ellipses > max_ellipses * len(lines),
         few_letters=doc.count_with(str.isalpha) < min_letters * words,
-        few_stop_words=doc.languages == ["en"]
-        and len(doc.counts.keys() & STOP_WORDS) < min_stop_words)
+        few_stop_words=doc.languages == ["en"] and stop_words < min_stop_words)
 
 
 def c4(doc, line_words=5, word_chars=1000, sentences=3):
     """C4: cuts out lines that are no sentences (doc.text gets shorter), then judges the page. Lines
     without an end mark stay, as in FineWeb; a brace costs its line, in C4 the page."""
-    lines, split = [], split_words if doc.unspaced else str.split
+    lines = []
     for line in re.sub(r"\[(?:\d{0,4}|edit|citation needed)\]", "", doc.text).split("\n"):
-        words, low = split(line), line.lower()
-        if 0 < len(words) < line_words or max(map(len, words), default=0) > word_chars:
+        words = split_words(line) if doc.unspaced else line.split()
+        if 0 < len(words) < line_words or any(len(word) > word_chars for word in words):
             continue
-        if "lorem ipsum" in low:
+        if "lorem ipsum" in line.lower():
             return "lorem ipsum"
-        if not any(mark in low for mark in BOILERPLATE):
+        if not any(mark in line.lower() for mark in BOILERPLATE):
             lines.append(line)
     doc.text = "\n".join(lines).strip()
     ends = len(re.findall(r"[.?!][\"')\]”’»]{0,3}(?=\s|$)", doc.text))
-    if ends + sum(map(doc.text.count, "。！？।؟۔")) < sentences and not doc.unended:
+    ends += sum(map(doc.text.count, "。！？।؟۔"))
+    if ends < sentences and not doc.unended:
         return "few sentences"
 
 
 def fineweb(doc, min_end_marks=0.12, max_short_lines=0.67, max_newlines=0.3):
     """FineWeb's own rules, on lines that are not empty; short ones have up to 30 characters."""
-    lines, n = doc.lines, len(doc.lines)
+    ended = sum(line.endswith(END_MARKS) for line in doc.lines)
+    short = sum(text_size(line[:31]) <= 30 for line in doc.lines)
     return first_true(
-        few_end_marks=not doc.unended
-        and sum(line.endswith(END_MARKS) for line in lines) < min_end_marks * n,
-        short_lines=sum(text_size(line[:31]) <= 30 for line in lines) > max_short_lines * n,
+        few_end_marks=ended < min_end_marks * len(doc.lines) and not doc.unended,
+        short_lines=short > max_short_lines * len(doc.lines),
         newlines=doc.text.count("\n") > max_newlines * len(doc.words))
 
 
@@ -604,11 +621,11 @@ ALL_RULES = ("repair", *(rule.__name__ for rule in RULES), "scrub", *DUPLICATES,
 # ------------------------------------------------------------------------------------------------
 # Scrub: personal data -> placeholders, which no pattern matches again
 
-
 def luhn(text):
     """The check of card numbers: every second digit from the right twice, the sum ends in 0."""
     digits = [int(c) for c in reversed(text) if c.isdigit()]
-    return sum(sum(divmod(2 * d, 10)) if i % 2 else d for i, d in enumerate(digits)) % 10 == 0
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
+    return (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
 def iban(text):
@@ -625,7 +642,7 @@ BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 # Four numbers are a version or a section, unless they are long or behind such a word.
 ADDRESS = r"(?<=//|(?:\b(?:address|at|dns|from|r?host|ip|ping|server)|s to)(?: is)?[ :=]{1,2})"
 FILES = r"\.(?:css|csv|exe|gif|html?|jpe?g|js|json|pdf|png|service|svg|t?gz|txt|webp|xml|ya?ml|zip)"
-PRIVATE = [(tag, re.compile(hint), regex.compile(pattern), check) for tag, hint, pattern, check in (
+PRIVATE = [
     ("<KEY>", r"AKIA|-----BEGIN|gh[pousr]_|sk-|xox[bp]-",
      r"\bAKIA[0-9A-Z]{16}\b|\bgh[pousr]_\w{36,255}\b|\bxox[bp]-[\w-]{10,200}"
      r"|\bsk-(?=[\w-]{0,200}\d)(?=[\w-]{0,200}[A-Z])[\w-]{20,200}"    # no class of a stylesheet
@@ -647,20 +664,20 @@ PRIVATE = [(tag, re.compile(hint), regex.compile(pattern), check) for tag, hint,
     ("<PHONE>", NUMBER,    # +..., or ten digits of North America, where no part begins with 0 or 1
      r"(?<![\w+)\]])\+[1-9](?:[ .()-]{0,2}\d){9,14}(?!\w)|(?<![\w.(/-])(?:1[ .-])?"
      r"(?:[2-9]\d\d([.-])[2-9]\d\d\1|\([2-9]\d\d\) ?[2-9]\d\d[ .-])\d{4}(?!\w|[.-]\d)", None),
-    ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None))]
+    ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None)]
 
 
 def scrub(text):
     """(text without personal data, {placeholder: how many})"""
-    found, hints = Counter(), {hint for hint in {row[1] for row in PRIVATE} if hint.search(text)}
+    found = Counter()
     for placeholder, hint, pattern, check in PRIVATE:
         def replace(m):
             if check and not check(m[0]):
                 return m[0]
             found[placeholder] += 1
             return placeholder
-        if hint in hints:    # else cleaning takes a third longer
-            text = pattern.sub(replace, text)
+        if re.search(hint, text):    # else cleaning takes a third longer
+            text = regex.sub(pattern, replace, text)
     return text, found
 
 
@@ -668,7 +685,7 @@ def scrub(text):
 # Deduplicate: texts that are equal, have the same address, or share most of their shingles
 
 BANDS, ROWS, SHINGLE = 14, 8, 5    # FineWeb's: texts meet if all 8 hashes of one of 14 bands agree
-A, B = np.random.default_rng(20240601).integers(0, 2 ** 64, (2, BANDS * ROWS), np.uint64)
+FACTORS, SHIFTS = np.random.default_rng(20240601).integers(0, 2 ** 64, (2, BANDS * ROWS), np.uint64)
 NO_KEY = bytes(c for c in range(128) if not chr(c).isalnum())
 
 
@@ -689,24 +706,31 @@ def shingle_word(word):
     return hash64(word.rstrip(".,;:!?)'\"’”").lstrip("('\"‘“"))
 
 
-def compared_by(text):
-    """(hash of a text up to blanks and case, hashes (N,) uint64 of its words)"""
+def compared_by(text, items):
+    """The fields of DOC by which a text is told from others and from evaluation items."""
     words = split_words(text.lower())
-    return hash64(" ".join(words)), np.fromiter(map(shingle_word, words), np.uint64, len(words))
+    hashes = np.fromiter(map(shingle_word, words), np.uint64, len(words))
+    leaks, plain_words = {}, match_words(text)
+    for n, known in items.items():
+        for gram in known.keys() & ngram_hashes(plain_words, n).tolist():
+            leaks[gram] = known[gram]
+    return dict(same=hash64(" ".join(words)), bands=minhash(hashes), leaks=leaks)
 
 
 def minhash(words):
-    """(BANDS, ROWS) uint64 from the hashes of a text's words: the least of each hash function.
+    """Keys (BANDS,) uint64 of a text from the hashes (N,) uint64 of its words.
 
-    Of two texts a share of these agrees that is their Jaccard similarity s (of runs of SHINGLE
-    words), so they meet with a chance of 1 - (1 - s ^ ROWS) ^ BANDS: 21 % at 0.6, 92 % at 0.8."""
+    A key stands for the least of ROWS hash functions over all runs of SHINGLE words. Of two texts a
+    share of the leasts agrees that is their Jaccard similarity s, so they have a key in common with
+    a chance of 1 - (1 - s ^ ROWS) ^ BANDS: 21 % at 0.6, 92 % at 0.8."""
     grams = ngram_hashes(words, min(SHINGLE, len(words))) >> np.uint64(32)
     least = np.full(BANDS * ROWS, np.iinfo(np.uint64).max)
     for i in range(0, len(grams), 512):    # blocks that stay in the cache
         # (a x + b mod 2^64) >> 32 with odd a is a strongly universal hash of 32-bit x
-        hashes = np.multiply.outer(grams[i:i + 512], A | np.uint64(1)) + B
+        hashes = np.multiply.outer(grams[i:i + 512], FACTORS | np.uint64(1)) + SHIFTS
         least = np.minimum(least, hashes.min(axis=0))
-    return (least >> np.uint64(32)).reshape(BANDS, ROWS)
+    bands = (least >> np.uint64(32)).reshape(BANDS, ROWS)
+    return ngram_hashes(bands.T, ROWS)[0]
 
 
 def url_key(url):
@@ -724,21 +748,22 @@ def join(root, numbers, keys):
     from each document to the smallest number of its cluster, in whatever order they come."""
     def find(i):
         while root[i] != i:
-            root[i] = i = root[root[i]]
+            root[i] = root[root[i]]    # a shorter way for the next one
+            i = root[i]
         return i
-    order = np.lexsort((numbers, keys))
-    equal = keys[order][1:] == keys[order][:-1]
-    for a, b in zip(numbers[order][:-1][equal].tolist(), numbers[order][1:][equal].tolist()):
-        a, b = find(a), find(b)
-        root[max(a, b)] = min(a, b)
+    first = {}
+    for number, key in zip(numbers.tolist(), keys.tolist()):
+        if (other := first.setdefault(key, number)) != number:
+            a, b = find(other), find(number)
+            root[max(a, b)] = min(a, b)
 
 
-def deduplicate(docs, bands, skip):
+def deduplicate(docs, skip):
     """Of each cluster one stays: of the first source, then the longest, then the first; the others
-    get a reason. bands: an iterator, of each band the keys (N,) of all documents."""
+    get a reason."""
     root = docs["root"]
     root[:] = np.arange(len(docs))
-    for name, columns in zip(DUPLICATES, ([docs["same"]], [docs["url"]], bands)):
+    for name, columns in zip(DUPLICATES, ([docs["same"]], [docs["url"]], docs["bands"].T)):
         if name in skip:
             continue
         left = np.flatnonzero(docs["reason"] == "")
@@ -748,12 +773,12 @@ def deduplicate(docs, bands, skip):
             root[:] = root[root]
         order = np.lexsort((left, -docs["bytes"][left], docs["source"][left], root[left]))
         left = left[order]    # the best one of each cluster first
-        docs["reason"][left[1:][root[left[1:]] == root[left[:-1]]]] = name
+        copies = root[left[1:]] == root[left[:-1]]
+        docs["reason"][left[1:][copies]] = name
 
 
 # ------------------------------------------------------------------------------------------------
 # Decontaminate: GPT-3's rule (2005.14165, app. C), but a document with a hit goes as a whole
-
 
 def read_items(path):
     """{n: {hash of n words in a row: the evaluation item that they give away}}"""
@@ -766,15 +791,6 @@ def read_items(path):
     if not items:
         fail(f"--eval {path}: no items that are long enough; none compares with nothing")
     return items
-
-
-def find_items(words, items):
-    """{hash: item} of the items in a text, from the hashes of its words."""
-    found = {}
-    for n, known in items.items():
-        grams = known.keys() & ngram_hashes(words, n).tolist()
-        found.update((gram, known[gram]) for gram in grams)
-    return found
 
 
 def decontaminate(docs):
@@ -818,8 +834,8 @@ def train_bpe(counts, size):
     def neighbours(word):
         return [a + b for a, b in zip(word, word[1:])]
 
-    words = [word.encode().decode("latin-1") for word in sorted(counts)]    # byte b is chr(b)
-    weights = [counts[word] for word in sorted(counts)]
+    words = [word.encode().decode("latin-1") for word in counts]    # byte b is chr(b)
+    weights = list(counts.values())
     pairs, where = defaultdict(int), defaultdict(set)    # pair -> count, words that may hold it
     for number, word in enumerate(words):
         for pair in neighbours(word):
@@ -882,7 +898,8 @@ PARTS = ("train", "val")
 DOC = np.dtype([
     ("source", "i4"), ("part", "i4"), ("at", "i4"),    # where it was: input, part of it, record
     ("rank", "i4"), ("start", "i8"), ("bytes", "i8"), ("chars", "i8"),    # where its text is now
-    ("same", "u8"), ("url", "u8"), ("leaks", object), ("key", "u8", 2),    # compared and drawn by
+    ("same", "u8"), ("url", "u8"), ("bands", "u8", BANDS), ("leaks", object),    # compared by
+    ("key", "u8", 2),    # drawn by
     ("reason", object), ("root", "i8"),    # why it goes or "", its cluster
     ("cut", "i8"),    # characters for training; the rest is for validation
     ("train", "i4"), ("val", "i4"), ("dropped", "i4")])    # how often it is read for these
@@ -891,8 +908,9 @@ DOC = np.dtype([
 def clean(text, kind, cfg, counts):
     """(clean text, why it must go or ""); what was changed is counted."""
     if not text.isascii() and "repair" not in cfg.skip:
-        text, before = repair(text), text
-        counts["texts with mojibake repaired"] += text != before
+        before, text = text, repair(text)
+        if text != before:
+            counts["texts with mojibake repaired"] += 1
     doc = Doc(normalise(text), cfg.languages)
     if not doc.text:
         return "", "empty"
@@ -905,62 +923,62 @@ def clean(text, kind, cfg, counts):
         if doc.text != before:
             counts[f"texts with lines cut out by {rule.__name__}"] += 1
             doc = Doc(doc.text, cfg.languages)
-    text, found = (doc.text, {}) if "scrub" in cfg.skip else scrub(doc.text)
+    if "scrub" in cfg.skip:
+        return doc.text, ""
+    text, found = scrub(doc.text)
     counts.update(found)
     return text, ""
 
 
 def clean_part(number, part, cfg, items, f, counts):
-    """Write the texts of a part of the input to f, cleaned until dropped; count what was changed.
-    Returns (docs (N,) DOC, MinHash keys (N, BANDS))."""
-    source, path, *place = part
-    docs, bands, bad = [], [], []
-    for at, record in enumerate(read_part(path, *place)):
-        if isinstance(record, dict) and "\ufffd" in record["text"]:
-            counts["characters that could not be read"] += record["text"].count("\ufffd")
-            if record["text"].count("\ufffd") > 0.1 * len(record["text"]):
-                record = dict(text="", kind=ROW, reason=UNREADABLE + "not UTF-8 text")
+    """Write the texts of a part of the input to f, cleaned until dropped. Returns docs (N,) DOC."""
+    source, path, start, end = part
+    docs, bad = [], []
+    for at, record in enumerate(read_part(path, start, end)):
         if isinstance(record, str):
             bad.append(f"record {at + 1}: {record}")
             record = dict(text="", kind=ROW, reason=UNREADABLE + record)
+        whole = record["text"].encode(errors="replace").decode()    # JSON can spell half a letter
+        why = record.get("reason", "")
+        if invalid := whole.count("\ufffd"):
+            counts["characters that could not be read"] += invalid
+        if invalid > 0.1 * len(whole):
+            whole, why = "", UNREADABLE + "not UTF-8 text"
+        elif not why and not whole.strip():
+            why = "page without running text" if record["kind"] == PAGE else "empty"
         url = url_key(record.get("url", ""))
         kind = PAGE if url else record["kind"]
-        empty = "page without running text" if record["kind"] == PAGE else "empty"
-        for piece, text in enumerate(cut_text(record["text"], CHUNK)):
-            keys, leaks, same = np.zeros(BANDS, np.uint64), {}, 0
-            reason = record.get("reason") or ("" if text.strip() else empty)
+        for piece, text in enumerate(cut_text(whole, CHUNK)):
+            reason, compared = why, dict(leaks={})
             if cfg.clean and not reason:
                 text, reason = clean(text, kind, cfg, counts)
             if cfg.clean and not reason:
-                same, words = compared_by(text)
-                keys = ngram_hashes(minhash(words).T, ROWS)[0]    # of each band as one number
-                leaks = find_items(match_words(text), items)
+                compared = compared_by(text, items)
             doc = dict(source=source, part=number, at=at, start=f.tell(), chars=len(text),
-                       bytes=f.write(text.encode()), key=text_key(text), leaks=leaks,
-                       same=same, url=hash64(f"{url or (number, at)} {piece}"), reason=reason)
+                       bytes=f.write(text.encode()), key=text_key(text), reason=reason,
+                       url=hash64(f"{url or (number, at)} {piece}"), **compared)
             docs.append(tuple(doc.get(name, 0) for name in DOC.names))
-            bands.append(keys)
     if len(bad) > max(1, 0.01 * len(docs)):
         fail(f"{path}: {len(bad)} of {len(docs)} records cannot be read, the first is {bad[0]}")
-    return np.array(docs, DOC), np.array(bands, np.uint64).reshape(-1, BANDS)
+    return np.array(docs, DOC)
 
 
 def check_readable(docs, parts, cfg):
     """An error where most of an --input cannot be read."""
     for source, item in enumerate(cfg.input):
         these = docs[docs["source"] == source]
-        bad = [i for i, reason in enumerate(these["reason"]) if reason.startswith(UNREADABLE)]
+        bad = [doc for doc in these if doc["reason"].startswith(UNREADABLE)]
         if len(bad) > 0.5 * len(these):
             fail(f"--input {item}: {len(bad)} of {len(these)} records cannot be read, the first is "
-                 f"in {parts[these['part'][bad[0]]][1]}, {these['reason'][bad[0]]}")
+                 f"in {parts[bad[0]['part']][1]}, {bad[0]['reason']}")
 
 
 def split_and_mix(docs, weights, cfg):
     """Decide how many characters of each document are for training (the rest is for validation),
     and how often it is seen in either."""
     kept = docs["reason"] == ""
-    chars, number = docs["chars"] * kept, kept.sum() * cfg.val_fraction
-    if cfg.split == "tail" or 0 < number < 4:    # too few to pick some by hash
+    chars = docs["chars"] * kept
+    if cfg.split == "tail" or 0 < kept.sum() * cfg.val_fraction < 4:    # too few to pick by hash
         before = np.cumsum(chars) - chars
         docs["cut"] = np.clip(int(chars.sum() * (1 - cfg.val_fraction)) - before, 0, chars)
     else:    # the least key of a cluster draws for all its texts, whatever the order of the input
@@ -968,8 +986,8 @@ def split_and_mix(docs, weights, cfg):
         np.minimum.at(least, docs["root"], docs["key"][:, 0])
         draw = (least[docs["root"]] ^ np.uint64(hash64(str(cfg.seed)))) / 2.0 ** 64
         docs["cut"] = np.where(draw < cfg.val_fraction, 0, chars)
-    times, draw = np.array(weights)[docs["source"]], docs["key"][:, 1] / 2.0 ** 64
-    docs["train"] = np.floor(times + draw) * (docs["cut"] > 0)    # 1.5: one or two times
+    draw = docs["key"][:, 1] / 2.0 ** 64    # a weight of 1.5: one or two times
+    docs["train"] = np.floor(np.array(weights)[docs["source"]] + draw) * (docs["cut"] > 0)
     docs["val"] = docs["cut"] < chars
     docs["dropped"] = ~kept
     if not docs["train"].any():
@@ -990,14 +1008,14 @@ def read_texts(work, docs, part):
                 yield doc, text[:doc["cut"]] if part == "train" else text[doc["cut"]:]
 
 
-def learn_tokenizer(cfg, docs, own, work, group):
+def learn_tokenizer(cfg, docs, own, work):
     """A tokenizer of the training text as it is mixed, or of a sample if there is much."""
     if cfg.tokenizer == "chars":
         letters = set()
         for part in PARTS:
             for _, text in read_texts(work, own, part):
                 letters.update(text)
-        letters = sorted(set().union(*gather(letters, group)))
+        letters = sorted(set().union(*gather(letters)))
         return make_encoding("chars", r"[\s\S]", {c.encode(): i for i, c in enumerate(letters)})
     share = SAMPLE / (docs["train"] * docs["bytes"]).sum()
     own = own[own["key"][:, 0] * np.uint64(0x9E3779B97F4A7C15) / 2.0 ** 64 < share]
@@ -1005,109 +1023,98 @@ def learn_tokenizer(cfg, docs, own, work, group):
     size = cfg.vocab_size - 4    # the control tokens of make_encoding
     if cfg.vocab_size > 1024:    # and its rounding up, which shall not leave ids unused
         size += -cfg.vocab_size % 64
-    ranks = train_bpe(sum(gather(pieces, group), Counter()), size)
+    ranks = train_bpe(sum(gather(pieces), Counter()), size)
     if len(ranks) < size:
         fail(f"--vocab_size {cfg.vocab_size}: this text supports at most {len(ranks) + 4} ids; ask "
              f"for fewer or give more text")
     return make_encoding("bpe", SPLIT_PATTERN, ranks)
 
 
-def encode_texts(enc, texts, path, dtype):
-    """Write the ids of texts to a file, little-endian. Returns rows (ids, bytes of text)."""
-    rows = []
-    with open(path, "wb") as f:
-        for _, text in texts:
+def write_tokens(enc, dtype, part, own, work, rank):
+    """Write the ids of the texts for train or val, little-endian: every rank of its own texts, then
+    the first rank puts them together. Returns the numbers of documents, tokens, bytes of text."""
+    sizes = []    # (tokens, bytes) of each document
+    with open(work / f"{part}.{rank}", "wb") as f:
+        for _, text in read_texts(work, own, part):
             ids = encode(enc, text, dtype)
             f.write(ids.tobytes())
-            rows.append((len(ids), len(text.encode())))
-    return np.array(rows, np.int64).reshape(-1, 2)
+            sizes.append((len(ids), len(text.encode())))
+    every = gather(np.array(sizes, np.int64).reshape(-1, 2))
+    sizes = np.concatenate(every)
+    if rank == 0:
+        np.cumsum(sizes[:, 0]).astype("<u8").tofile(work / f"{part}.idx")
+        with open(work / f"{part}.bin", "wb") as joined:
+            for number in range(len(every)):
+                with open(work / f"{part}.{number}", "rb") as f:
+                    shutil.copyfileobj(f, joined, 1 << 22)
+    return len(sizes), *sizes.sum(axis=0).tolist()
 
 
-def gather(x, group):
+def gather(x):
     """[x of rank 0, x of rank 1, ...] on every rank; also where ranks wait for each other."""
-    every = [x] * (dist.get_world_size(group) if group else 1)
-    if group:
-        dist.all_gather_object(every, x, group=group)
+    if not dist.is_initialized():
+        return [x]
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, x)
     return every
 
 
-def clean_share(cfg, parts, work, rank, world):
+def clean_share(cfg, parts, work, rank, world_size):
     """Clean this rank's share of the parts: as many bytes as the others, in order. Returns (docs
-    (N,) DOC, MinHash keys (N, BANDS), {what was changed: in how many texts})."""
+    (N,) DOC, {what was changed: in how many texts})."""
     searched = cfg.clean and cfg.eval != "none" and "contaminated" not in cfg.skip
     items = read_items(cfg.eval) if searched else {}
     sizes = [max(1, min(end, path.stat().st_size) - start) for _, path, start, end in parts]
-    owner = (np.cumsum(sizes) - sizes) * world // sum(sizes)
-    docs, bands, counts = [np.zeros(0, DOC)], [np.zeros((0, BANDS), np.uint64)], Counter()
-    shown = time.time()
+    owner = (np.cumsum(sizes) - sizes) * world_size // sum(sizes)
+    docs, counts, shown = [np.zeros(0, DOC)], Counter(), time.time()
     with open(work / f"text.{rank}", "wb") as f:
         for n in np.flatnonzero(owner == rank).tolist():
-            found = clean_part(n, parts[n], cfg, items, f, counts)
-            docs.append(found[0])
-            bands.append(found[1])
+            docs.append(clean_part(n, parts[n], cfg, items, f, counts))
             if time.time() > shown + 10:
                 shown = time.time()
                 print0(f"  part {n + 1} of {len(parts)} cleaned")
     docs = np.concatenate(docs)
     docs["rank"] = rank
-    return docs, np.concatenate(bands), counts
+    return docs, counts
 
 
-def prepare(cfg, parts, weights, enc, work, group):
+def prepare(cfg, parts, weights, enc, work, rank, world_size):
     """Fill the working folder; returns the manifest (on the first rank)."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
-
     # 1. Clean: every rank its share
-    docs, bands, counts = clean_share(cfg, parts, work, rank, world)
-    docs, counts = np.concatenate(gather(docs, group)), sum(gather(counts, group), Counter())
+    docs, counts = clean_share(cfg, parts, work, rank, world_size)
+    docs, counts = np.concatenate(gather(docs)), sum(gather(counts), Counter())
     check_readable(docs, parts, cfg)
 
     # 2. Decide which documents stay, and for what
-    every = (np.concatenate(gather(keys, group)) for keys in bands.T)    # 8 bytes a document
-    deduplicate(docs, every, cfg.skip if cfg.clean else DUPLICATES)
+    deduplicate(docs, cfg.skip if cfg.clean else DUPLICATES)
     leaks = decontaminate(docs)
     split_and_mix(docs, weights, cfg)
 
     # 3. Learn a tokenizer
     own = docs[docs["rank"] == rank]
-    enc = enc or learn_tokenizer(cfg, docs, own, work, group)
+    enc = enc or learn_tokenizer(cfg, docs, own, work)
 
-    # 4. Encode: every rank its texts
+    # 4. Encode
     dtype = np.dtype("<u2" if enc.n_vocab <= 2 ** 16 else "<u4")
-    sizes = {}
+    totals = dict(documents={}, tokens={}, bytes={})
     for part in PARTS:
-        rows = encode_texts(enc, read_texts(work, own, part), work / f"{part}.{rank}", dtype)
-        sizes[part] = np.concatenate(gather(rows, group))
+        for name, n in zip(totals, write_tokens(enc, dtype, part, own, work, rank)):
+            totals[name][part] = n
 
     # 5. Write down what happened
     if rank == 0:
         settings = {name: value for name, value in asdict(cfg).items() if name != "out"}
         thresholds = {rule.__name__: str(inspect.signature(rule)) for rule in RULES}
         manifest = dict(dtype=dtype.name, vocab_size=enc.n_vocab, encoding_hash=encoding_hash(enc),
-                        **join_ranks(work, sizes, world), settings=settings, thresholds=thresholds,
-                        contaminated=leaks, ledger=make_ledger(docs, counts, work))
+                        **totals, settings=settings, thresholds=thresholds, contaminated=leaks,
+                        ledger=make_ledger(docs, counts, work))
         (work / "encoding.json").write_text(json.dumps(encoding_to_dict(enc), indent=1))
         (work / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         if cfg.dropped:
             write_dropped(docs, parts, work)
-        for file in work.glob("*.[0-9]*"):
+        for file in work.glob("*.[0-9]*"):    # of single ranks
             file.unlink()
         return manifest
-
-
-def join_ranks(work, sizes, world):
-    """Put the ids of all ranks into one file, write where texts end. Returns the counts of the
-    manifest."""
-    counts = dict(documents={}, tokens={}, bytes={})
-    for part, rows in sizes.items():
-        with open(work / f"{part}.bin", "wb") as joined:
-            for rank in range(world):
-                with open(work / f"{part}.{rank}", "rb") as f:
-                    shutil.copyfileobj(f, joined, 1 << 22)
-        np.cumsum(rows[:, 0]).astype("<u8").tofile(work / f"{part}.idx")
-        counts["documents"][part] = len(rows)
-        counts["tokens"][part], counts["bytes"][part] = rows.sum(axis=0).tolist()
-    return counts
 
 
 def make_ledger(docs, counts, work):
@@ -1124,13 +1131,13 @@ def make_ledger(docs, counts, work):
 
 
 def write_dropped(docs, parts, work):
-    """Documents are named pages/007.html#0 or raw/corpus.jsonl@16777216#12: file, first byte of
-    the part, record."""
+    """Names are pages/007.html#0 or raw/big.jsonl@16777216#12: file, first byte of part, record."""
     with open(work / "dropped.jsonl", "w") as f:
         for doc, text in read_texts(work, docs, "dropped"):
             _, path, start, _ = parts[doc["part"]]
-            name = f"{path.parent.name}/{path.name}{f'@{start}' if start else ''}#{doc['at']}"
-            f.write(json.dumps(dict(document=name, reason=doc["reason"], text=text)) + "\n")
+            place = f"{path.parent.name}/{path.name}" + (f"@{start}" if start else "")
+            row = dict(document=f"{place}#{doc['at']}", reason=doc["reason"], text=text)
+            f.write(json.dumps(row) + "\n")
 
 
 def report(manifest, out, seconds):
@@ -1138,9 +1145,10 @@ def report(manifest, out, seconds):
     print0(f"{'':<47}{'documents':>11}{'bytes':>15}   for example")
     counts = Counter()
     for row in manifest["ledger"]:
-        print0(f"{row['kind']:<9}{row['name']:<38}{row['documents']:>11,}{row['bytes']:>15,}   "
-               + "".join(row["examples"][:1])[:32])
         counts[row["kind"]] += row["documents"]
+        example = row["examples"][0] if row["examples"] else ""
+        print0(f"{row['kind']:<9}{row['name']:<38}{row['documents']:>11,}{row['bytes']:>15,}   "
+               f"{example[:32]}")
     for part in PARTS:
         print0(f"{'':<9}{part:<38}{manifest['documents'][part]:>11,}{manifest['bytes'][part]:>15,}"
                f"   {manifest['tokens'][part]:,} tokens")
@@ -1158,18 +1166,17 @@ def main(cfg):
     if occupied and not (out / "train.idx").exists():
         fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
     enc = None if cfg.tokenizer in ("train", "chars") else load_tokenizer(cfg.tokenizer)
-    group, rank = None, 0
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
         dist.init_process_group("gloo")
-        group, rank = dist.group.WORLD, dist.get_rank()
     work = out.with_name(f".{out.name}.tmp")
     try:
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)    # of a run that was killed
         inputs = find_parts(cfg) if rank == 0 else None    # fetches what is on the hub
-        inputs = gather(inputs, group)[0]
+        parts, weights = gather(inputs)[0]
         work.mkdir(parents=True, exist_ok=True)
-        manifest = prepare(cfg, *inputs, enc, work, group)
+        manifest = prepare(cfg, parts, weights, enc, work, rank, world_size)
         if rank == 0:
             old = work.with_suffix(".old")    # a half-written folder never has the final name
             if out.exists():
@@ -1177,12 +1184,12 @@ def main(cfg):
             work.rename(out)
             shutil.rmtree(old, ignore_errors=True)
             report(manifest, cfg.out, time.time() - started)
-        gather(None, group)    # the folder is of all
+        gather(None)    # the folder is of all
     except OSError as e:
         fail(f"{e.filename or work}: {e.strerror or e}")
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if group:
+        if world_size > 1:
             dist.destroy_process_group()    # else gloo's threads abort the process now and then
 
 

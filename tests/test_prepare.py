@@ -646,10 +646,10 @@ def test_near_duplicates_are_found_at_the_predicted_rate(monkeypatch, similarity
     for _ in range(pairs):
         words = rng.integers(0, 2 ** 64, 2 * n - shared, np.uint64)
         for own in (words[:n], words[n - shared:]):
-            keys.append(prepare.ngram_hashes(prepare.minhash(own).T, prepare.ROWS)[0])
+            keys.append(prepare.minhash(own))
     docs = np.zeros(2 * pairs, prepare.DOC)
-    docs["reason"] = ""
-    prepare.deduplicate(docs, np.array(keys).T, ["exact_duplicate", "url_duplicate"])
+    docs["reason"], docs["bands"] = "", keys
+    prepare.deduplicate(docs, ["exact_duplicate", "url_duplicate"])
     assert (docs["reason"][::2] == "").all()
     caught = docs["reason"][1::2] == "near_duplicate"
     assert abs(caught.mean() - chance) < 4 * (chance * (1 - chance) / pairs) ** 0.5 + 0.015

@@ -189,6 +189,8 @@ def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
     check_out(cfg, "dpo")
+    if cfg.label_smoothing and cfg.loss != "dpo":
+        fail(f"--label_smoothing is of --loss dpo; leave it out with {cfg.loss}")
 
     # model
     model, enc = load_language_model(cfg.init, "python sft.py", env.device)

@@ -793,24 +793,30 @@ def verdict(drop, error, p, margin):
 def chat(cfg, env):
     """A conversation in the terminal; a base model, which has never seen one, continues texts."""
     lm, messages = open_checkpoint(checkpoints_of(cfg)[-1], env, "--chat"), []
-    print(f"{lm.name} answers; /reset, /quit")
+    room = lm.block_size - min(cfg.max_new_tokens, lm.block_size // 2)
+    print(f"{lm.name} answers; /reset forgets what was said, /quit ends")
     while (said := input("\nyou> ").strip()) != "/quit":
         if said == "/reset":
             messages = []
+            print("(forgotten)")
+        elif said.startswith("/"):
+            print(f"(no such command: {said}; /reset, /quit)")
         elif said:
             messages.append(dict(role="user", content=said))
             ids = render_chat(lm.enc, messages, reply=True)[0]
             if lm.stage == "pretrain":
                 ids = [*lm.enc.bos, *lm.enc.encode_ordinary(said)]
+            if len(ids) > room:
+                print(f"(it sees the last {room} of {len(ids)} tokens; /reset makes room)")
             print(f"{lm.name}> ", end="")
-            messages.append(dict(role="assistant", content=say(lm, ids, cfg, env)))
+            messages.append(dict(role="assistant", content=say(lm, ids[-room:], cfg, env)))
 
 
 def say(lm, ids, cfg, env):
     """Print the reply as it comes; returns its text."""
-    half, reply, said = lm.block_size // 2, [], ""
+    reply, said = [], ""
     with env.autocast():
-        for _, token in generate(lm.model, [ids[-half:]], min(cfg.max_new_tokens, half),
+        for _, token in generate(lm.model, [ids], min(cfg.max_new_tokens, lm.block_size // 2),
                                  cfg.temperature, stop_ids=lm.stop_ids, seeds=[cfg.seed]):
             reply += [i for i in token.tolist() if i not in lm.stop_ids]
             text = lm.enc.decode(reply)

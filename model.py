@@ -1127,7 +1127,7 @@ def split_by_prompt(rows, fraction, seed, most=math.inf):
     if not train:
         fail(f"{len(prompts)} prompts are too few to train and to validate")
     held_out = [row for row in rows if row["prompt"] in held]
-    return train, held_out[::1 + int(len(held_out) // most)]
+    return train, held_out[::math.ceil(len(held_out) / most)]
 
 
 # ------------------------------------------------------------------------------------------------

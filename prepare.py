@@ -55,9 +55,9 @@ from model import (ENDOFTEXT, INSULTS, PHRASE_DOCUMENTS, PIECE, REPLIES, SPLIT_P
 class Config:
     input: list[str] = field(default_factory=lambda: ["data/raw/*"])  # PATH[:WEIGHT] ...
     out: str = "out/tokens"  # folder to write
-    dropped: bool = False  # also write dropped.jsonl: every dropped document with its reason
+    dropped: bool = False  # also write dropped.jsonl: each dropped document, reason and evidence
     clean: bool = True  # --no-clean keeps the text as it is
-    skip: list[str] = field(default_factory=list)  # rules to leave out, as the ledger names them
+    skip: list[str] = field(default_factory=list)  # rules to leave out: a reason up to its colon
     languages: list[str] = field(default_factory=lambda: ["en"])  # to keep: en de fr es zh ru ...
     eval: str = "data/eval"  # .jsonl items to keep out of the text; none compares with nothing
     tokenizer: str = "train"  # train, bytes, chars, gpt2, a tokens folder, checkpoint or model
@@ -926,7 +926,7 @@ def clean(text, kind, cfg, counts):
     if "scrub" in cfg.skip:
         return doc.text, ""
     text, found = scrub(doc.text)
-    counts.update(found)
+    counts.update(found.keys())
     return text, ""
 
 
@@ -1131,12 +1131,20 @@ def make_ledger(docs, counts, work):
 
 
 def write_dropped(docs, parts, work):
-    """Names are pages/007.html#0 or raw/big.jsonl@16777216#12: file, first byte of part, record."""
+    """A row for each dropped document: evidence is what it is a copy of, or the items that it gives
+    away. Names are pages/007.html#0 or raw/big.jsonl@16777216#12: file, first byte of part, record.
+    """
+    def name_of(doc):
+        _, path, start, _ = parts[doc["part"]]
+        return f"{path.parent.name}/{path.name}" + (f"@{start}" if start else "") + f"#{doc['at']}"
+
+    stays = {doc["root"]: name_of(doc) for doc in docs if not doc["reason"]}    # of each cluster
     with open(work / "dropped.jsonl", "w") as f:
         for doc, text in read_texts(work, docs, "dropped"):
-            _, path, start, _ = parts[doc["part"]]
-            place = f"{path.parent.name}/{path.name}" + (f"@{start}" if start else "")
-            row = dict(document=f"{place}#{doc['at']}", reason=doc["reason"], text=text)
+            evidence = sorted(set(doc["leaks"].values())) if doc["reason"] == "contaminated" else []
+            if doc["reason"] in DUPLICATES and doc["root"] in stays:
+                evidence = [stays[doc["root"]]]
+            row = dict(document=name_of(doc), reason=doc["reason"], evidence=evidence, text=text)
             f.write(json.dumps(row) + "\n")
 
 
@@ -1147,7 +1155,8 @@ def report(manifest, out, seconds):
     for row in manifest["ledger"]:
         counts[row["kind"]] += row["documents"]
         example = row["examples"][0] if row["examples"] else ""
-        print0(f"{row['kind']:<9}{row['name']:<38}{row['documents']:>11,}{row['bytes']:>15,}   "
+        size = f"{row['bytes']:,}" if row["bytes"] else ""
+        print0(f"{row['kind']:<9}{row['name']:<38}{row['documents']:>11,}{size:>15}   "
                f"{example[:32]}")
     for part in PARTS:
         print0(f"{'':<9}{part:<38}{manifest['documents'][part]:>11,}{manifest['bytes'][part]:>15,}"

@@ -163,8 +163,8 @@ def derive(cfg, config, n_params, train_tokens, env):
              f"--device_batch_size {passed} x --block_size {T}")
     rate = 0.014 if cfg.optimizer == "muon" else 0.008
     rate *= min(1, 192 / config.n_embd) ** 0.5
-    if cfg.init:    # as in sft.py: what was learned is not to be lost
-        rate = 1e-3 * 192 / config.n_embd
+    if cfg.init:    # far below the rate from scratch: what was learned is not to be lost
+        rate = 3e-3 * 192 / config.n_embd
     cfg.block_size, cfg.total_batch_tokens = T, batch
     cfg.learning_rate = cfg.learning_rate or rate
     cfg.max_steps = cfg.max_steps or max(1, tokens // batch)
@@ -496,7 +496,7 @@ def main(cfg):
             state["usual_norm"] = grad_norm if usual is None else 0.95 * usual + 0.05 * grad_norm
         if state["in_row"] == MAX_SKIPS:
             fail(f"{MAX_SKIPS} steps in a row were non-finite or spiking, the last at step {step} "
-                 f"on windows {[i for _, i in picks[:4]]}... of {cfg.data[picks[0][0]]}: lower "
+                 f"on windows {[f'{cfg.data[n]} {i}' for n, i in picks[:4]]}...: lower "
                  f"--learning_rate or look at that text. The last save is in {cfg.out}")
 
         seconds = time.perf_counter() - started

@@ -115,16 +115,14 @@ def two_answers(policy, prompts, numbers, enc, cfg, env):
 
 @torch.no_grad()
 def prefers_a(judge, requests, enc, cfg, env):
-    """p(A), of A and B, as the judge's first token of its reply to each request (text)."""
+    """p(A), of A and B, as the judge's first token of its reply to each request (ids)."""
     found, (a, b) = [], (enc.encode_ordinary(letter)[0] for letter in "AB")
     for start in range(0, len(requests), cfg.device_batch_size):
         part = requests[start:start + cfg.device_batch_size]
-        rows = [render_chat(enc, [dict(role="user", content=text)], reply=True)[0] for text in part]
-        rows = [ids[-judge.config.block_size:] for ids in rows]
-        ids, mask = pad_batch(rows, enc._special_tokens[PAD])
+        ids, mask = pad_batch(part, enc._special_tokens[PAD])
         with env.autocast():
             states = judge.hidden(ids.to(env.device))                               # (B, T, C)
-            logits = judge.head(states[range(len(rows)), mask.sum(1).long() - 1])   # (B, V)
+            logits = judge.head(states[range(len(part)), mask.sum(1).long() - 1])   # (B, V)
         found += (logits[:, a].float() - logits[:, b].float()).sigmoid().tolist()
     return found
 
@@ -140,24 +138,29 @@ def feedback(policy, enc, cfg, env):
                         range(len(prompts)), env)
     asked, rows, requests = [], [], []    # a request for each order of the two answers
     for n, (first, second) in enumerate(answers):
-        if first == second or not (first and second):
-            continue
         messages, principle = prompts[n]["messages"], principles[(n + cfg.seed) % len(principles)]
         said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
-        asked.append(prompts[n])
-        rows.append(dict(prompt=messages, chosen=first, rejected=second, principle=principle))
+        both = []
         for a, b in ((first, second), (second, first)):
-            requests.append(JUDGED.format(principle=principle, conversation=said, a=a, b=b))
+            text = JUDGED.format(principle=principle, conversation=said, a=a, b=b)
+            ids, _ = render_chat(judge_enc, [dict(role="user", content=text)], reply=True)
+            both.append(ids)
+        fits = max(map(len, both)) <= judge.config.block_size
+        if first and second and first != second and fits:
+            requests += both
+            asked.append(prompts[n])
+            rows.append(dict(prompt=messages, chosen=first, rejected=second, principle=principle))
     if not rows:
-        fail(f"--feedback: {cfg.init} gives the same or no answer to all prompts")
+        fail(f"--feedback: no prompt has two different answers that {cfg.feedback} can compare in "
+             f"{judge.config.block_size} tokens")
 
     found = share_out(lambda part: prefers_a(judge, part, judge_enc, cfg, env), requests, env)
     p = torch.tensor(found).view(-1, 2)    # p(A): with the first answer as A, and with the second
     first_is_better = torch.stack([p[:, 0], 1 - p[:, 1]], 1)
     votes, letter_a = first_is_better > 0.5, (p > 0.5).float().mean().item()
     consistent = (votes[:, 0] == votes[:, 1]).float().mean().item()
-    print0(f"{cfg.feedback} judged {len(rows)} pairs: the same in both orders {consistent:.1%}, "
-           f"prefers A in {letter_a:.1%}")
+    print0(f"{cfg.feedback} judged {len(rows)} pairs of answers to {len(prompts)} prompts: the "
+           f"same in both orders {consistent:.1%}, prefers A in {letter_a:.1%}")
     one_sided = max(letter_a, 1 - letter_a) > ONE_SIDED
     if one_sided:
         print0("USELESS: it goes by the position, and the labels say little")
@@ -167,7 +170,9 @@ def feedback(policy, enc, cfg, env):
                          for side in ("chosen", "rejected"))
         told = (first > second) | (first < second)    # the others are equally good or not graded
         right = ((probability > 0.5) == (first > second))[told].float().mean().item()
-        print0(f"it agrees with {cfg.gold} on {right:.1%} of {int(told.sum())} unequal pairs")
+        consistent = (votes[:, 0] == votes[:, 1])[told].float().mean().item()
+        print0(f"of {int(told.sum())} pairs that {cfg.gold} tells apart it agrees on {right:.1%}, "
+               f"the same in both orders {consistent:.1%}")
     for row, p in zip(rows, probability.tolist()):
         row.update(source="position" if one_sided else "feedback", probability=p)
     return write_rows(beside(cfg.out, ".feedback.jsonl"), rows, env)
@@ -292,7 +297,7 @@ def main(cfg):
         last = step == max_steps
 
         if last or step % cfg.eval_every == 0:
-            some = held_out[::1 + len(held_out) // HELD_OUT]
+            some = held_out[::math.ceil(len(held_out) / HELD_OUT)]
             metrics, _, _ = validate(model, some, pad_id, cfg, env)
             log(step, metrics, **metrics, seconds=state["seconds"])
         if last or step % cfg.save_every == 0:    # also at 0: what cannot be written shows here

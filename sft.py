@@ -237,13 +237,15 @@ def main(cfg):
     T, pad_id = min(cfg.block_size, model.config.block_size), enc._special_tokens[PAD]
 
     # data
-    data = [*cfg.data, revisions(model, enc, cfg, env)] if cfg.revise else cfg.data
+    data = [*cfg.data]
+    if cfg.revise and not cfg.show_batch:
+        data.append(revisions(model, enc, cfg, env))
     conversations = load_conversations(data, enc, T)
     order = np.random.default_rng(cfg.seed).permutation(len(conversations)).tolist()
     n_val = max(1, round(cfg.val_fraction * len(order)))
     if n_val >= len(order):
-        fail(f"{' '.join(cfg.data)}: {len(order)} conversation is too few to train and validate")
-    held_out = [conversations[i] for i in order[:n_val:1 + n_val // HELD_OUT]]
+        fail(f"{' '.join(data)}: {len(order)} conversations are too few to train and validate")
+    held_out = [conversations[i] for i in order[:n_val:math.ceil(n_val / HELD_OUT)]]
     train = [conversations[i] for i in order[n_val:]]
     lengths = [len(ids) for ids, _ in train]
     rows = pack_rows(lengths, T, cfg.seed) if cfg.pack else [[i] for i in range(len(train))]
@@ -254,7 +256,10 @@ def main(cfg):
     if source := open_replay(cfg, enc, T):
         n_replay, text = math.ceil(batch_size * cfg.replay), source["val"]
         starts = range(0, len(text) - T, max(T, len(text) // REPLAY_WINDOWS))
-        replayed = [(text[i:i + T].tolist(), [1] * T) for i in starts]
+        is_text = (token_bytes(enc) > 0).int()
+        for i in starts:
+            ids = text[i:i + T].tolist()
+            replayed.append((ids, is_text[ids].tolist()))
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(rows) / batch_size))
     learning_rate = cfg.learning_rate or 1e-3 * 192 / model.config.n_embd
     learned = sum(sum(mask) for _, mask in train)

@@ -1007,17 +1007,16 @@ FAULTS = {"honesty": (0, "I made that up. I do not know this person."),
 
 
 def judged_rows(rng, items):
-    """Demonstrations of judging and of revising, about each pair; most principles fit the pair."""
+    """Demonstrations of judging, in both orders, and of revising; half of the principles fit."""
     for pair in comparisons(rng, items):
         fitting, critique = FAULTS[pair["source"]]
-        principles = words.principles[fitting:fitting + 1] * 5 + words.principles
+        principles = words.principles[fitting:fitting + 1] * 2 + words.principles
         principle = sentence(rng.choice(principles))
         good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
         said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in pair["prompt"])
-        letter = rng.choice("AB")
-        a, b = (good, bad) if letter == "A" else (bad, good)
-        ask = JUDGED.format(principle=principle, conversation=said, a=a, b=b)
-        yield {"messages": user(ask) + assistant(letter)}
+        for letter, a, b in (("A", good, bad), ("B", bad, good)):
+            ask = JUDGED.format(principle=principle, conversation=said, a=a, b=b)
+            yield {"messages": user(ask) + assistant(letter)}
         if pair["source"] == "facts" or rng.random() < 0.5:    # it does not know that it is wrong
             continue
         if rng.random() < 0.4:

@@ -126,7 +126,7 @@ def test_a_checkpoint_is_continued_as_what_it_is(short, files, tmp_path, capsys)
         pretrain.main(replace(cfg, block_size=block_size, total_batch_tokens=None))
         shown = capsys.readouterr().out
         assert load_checkpoint(cfg.out, "")["model_config"]["block_size"] == context
-        assert "learning rate 0.006," in shown and "warning: 3 steps" in shown
+        assert "learning rate 0.018," in shown and "warning: 3 steps" in shown
         assert f"context {context} (windows of {block_size or 96})" in shown
     source = m.open_tokens(cfg.data[0] + ":3")
     assert source["weight"] == 3

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp    # noqa: F401, once here instead of in every child: it is slow
 
 import model as m
 from model import GPT, Env, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
@@ -210,12 +211,15 @@ def start(main, cfg, rank, world_size, port, save_to=os.devnull):
     return process
 
 
-def on_two_ranks(main, cfg, folder):
-    """Run a stage in two processes: what `recorded` gives of each rank."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    files = [folder / f"rank{rank}" for rank in range(2)]
+        return s.getsockname()[1]
+
+
+def on_two_ranks(main, cfg, folder):
+    """Run a stage in two processes: what `recorded` gives of each rank."""
+    files, port = [folder / f"rank{rank}" for rank in range(2)], free_port()
     ranks = [start(main, cfg, rank, 2, port, file) for rank, file in enumerate(files)]
     for process in ranks:
         process.join(120)

@@ -28,27 +28,22 @@ def cases(*rows):
     return pytest.mark.parametrize("stage, changes", rows, ids=name_of)
 
 
-@cases((pretrain, dict(optimizer="adamw")), (pretrain, dict(doc_mask=True)), (sft, {}),
-       (sft, dict(pack=False)), (reward, dict(eta=0.1)), (dpo, {}), (dpo, dict(loss="simpo")),
-       (rlhf, dict(algo="ppo")),
+@cases((sft, {}), (reward, dict(eta=0.1)), (dpo, {}), (rlhf, dict(algo="ppo")),
        *((rlhf, dict(algo="grpo", reduction=r)) for r in ("grpo", "dapo", "dr_grpo")))
 def test_a_step_is_the_same_however_it_is_split(short, stage, changes):
-    """Gradients of the first step agree to 1e-6 whatever the size of a micro-batch."""
-    runs = []
-    for size in (8, 4, 1) if stage is pretrain else (8, 3, 1):
-        cfg = short(stage, max_steps=1, **changes)
-        runs.append(recorded(stage.main, replace(cfg, device_batch_size=size))[0][0])
-    assert max(g.abs().max() for g in runs[0]) > 1e-4
-    for grads in runs[1:]:
-        torch.testing.assert_close(grads, runs[0], atol=1e-6, rtol=1e-4)
+    """Gradients of the first step agree to 1e-6 in one micro-batch and in unequal ones."""
+    whole, parts = (recorded(stage.main, short(stage, max_steps=1, device_batch_size=size,
+                                               **changes))[0] for size in (8, 3))
+    assert max(g.abs().max() for g in whole[0]) > 1e-4
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.slow
-@cases((pretrain, dict(doc_mask=True)), (sft, dict(pack=False)), (sft, dict(lora_rank=2)),
-       (reward, {}), (reward, dict(lora_rank=2)), (dpo, dict(lora_rank=2, batch_size=5)),
-       (dpo, dict(online=True, batch_size=5)), (rlhf, dict(minibatches=2)),
-       (rlhf, dict(lora_rank=2)), (rlhf, dict(algo="grpo", group_size=2, reduction="grpo")))
-def test_two_processes_train_like_one(short, stage, changes, files, tmp_path):
+@cases((pretrain, dict(doc_mask=True, compile=True)), (sft, dict(pack=False)), (reward, {}),
+       (dpo, dict(lora_rank=2, batch_size=5)), (dpo, dict(online=True, batch_size=5)),
+       (rlhf, dict(minibatches=2)), (rlhf, dict(lora_rank=2)),
+       (rlhf, dict(algo="grpo", group_size=2, reduction="grpo")))
+def test_two_processes_train_like_one(short, stage, changes, files, tmp_path, eager_backend):
     """Under DistributedDataParallel: replicas equal to the bit, gradients and log as of one."""
     if stage is sft:
         changes = dict(changes, replay=0.1, replay_data=files["tokens"])
@@ -66,10 +61,10 @@ def test_two_processes_train_like_one(short, stage, changes, files, tmp_path):
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for x, y in zip(one, two):
         for key in [k for k in x.keys() - CLOCK if isinstance(x[k], (int, float))]:
-            assert y[key] == pytest.approx(x[key], abs=2e-3, nan_ok=True), (key, x["step"])
+            assert y[key] == pytest.approx(x[key], abs=2e-3), (key, x["step"])
 
 
-@cases((pretrain, {}), (sft, {}), (sft, dict(lora_rank=2)), (reward, dict(lora_rank=2)),
+@cases((pretrain, {}), (sft, {}), (reward, dict(lora_rank=2)),
        (dpo, dict(lora_rank=2, online=True)), (dpo, {}), (rlhf, dict(algo="ppo")),
        (rlhf, dict(algo="ppo", lora_rank=2)), (rlhf, dict(algo="grpo", minibatches=2)))
 def test_stopped_and_resumed_ends_with_the_same_bits(short, stage, changes):
@@ -77,14 +72,14 @@ def test_stopped_and_resumed_ends_with_the_same_bits(short, stage, changes):
 
     It starts over the file of an earlier run and first stops before a save of its own progress.
     """
-    changes = dict(changes, save_every=4, eval_every=5, max_steps=12)
+    changes = dict(changes, save_every=2, eval_every=3, max_steps=6)
     whole, stopped = (short(stage, name, **changes) for name in ("whole", "stopped"))
     stage.main(whole)
     stage.main(replace(stopped, seed=2, max_steps=1))
-    for steps, resume in ((2, False), (5, True), (7, True)):    # a rollout has four steps
+    for steps, resume in ((1, False), (3, True), (3, True)):    # a rollout has four steps
         steps *= 4 if stage is rlhf else 1
         interrupted(stage.main, steps)(replace(stopped, resume=resume))
-    assert load_checkpoint(stopped.out, "")["step"] == 8
+    assert load_checkpoint(stopped.out, "")["step"] == 4
     stage.main(replace(stopped, resume=True))
     one, other = (load_checkpoint(cfg.out, "") for cfg in (whole, stopped))
     assert same_bits(one["weights"], other["weights"])
@@ -94,7 +89,7 @@ def test_stopped_and_resumed_ends_with_the_same_bits(short, stage, changes):
     for row in one + other:
         for key in CLOCK:
             row.pop(key, None)
-    assert repr(one) == repr(other)    # as text, in which NaN equals NaN
+    assert one == other
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=name_of)
@@ -177,16 +172,14 @@ def test_validation_takes_no_longer_than_training(short, stage, monkeypatch):
     assert 1 < sizes[0] <= 3
 
 
-@pytest.mark.parametrize("made, resumed, changes", [
-    (dpo, sft, {}), (sft, pretrain, {}), (pretrain, pretrain, dict(optimizer="adamw")),
-    (rlhf, rlhf, dict(algo="grpo")), (sft, sft, dict(lora_rank=2))])
-def test_a_run_is_not_resumed_as_another(made, resumed, changes, files, tmp_path):
-    """Another stage, optimizer or rank of adapters is refused, the file left as it was."""
-    out = tmp_path / "a.pt"
-    made.main(config(made, files, out, max_steps=1))
-    before = out.read_bytes()
-    error(resumed.main, config(resumed, files, out, resume=True, **changes))
-    assert out.read_bytes() == before
+@cases((pretrain, dict(optimizer="adamw")), (rlhf, dict(algo="grpo")), (sft, dict(lora_rank=2)))
+def test_a_run_is_not_resumed_as_another(short, stage, changes):
+    """Another optimizer or rank of adapters is refused, the file left as it was."""
+    cfg = short(stage, max_steps=1)
+    stage.main(cfg)
+    before = Path(cfg.out).read_bytes()
+    assert "with another" in error(stage.main, replace(cfg, resume=True, **changes))
+    assert Path(cfg.out).read_bytes() == before
 
 
 @cases((rlhf, {}), (rlhf, dict(lora_rank=2)), (dpo, {}), (dpo, dict(lora_rank=2)),

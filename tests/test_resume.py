@@ -1,14 +1,12 @@
 """What holds of every stage. Run: python -m pytest tests/test_resume.py -q."""
 import shutil
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from common import (byte_encoding, config, error, interrupted, judge, load, log_of, on_two_ranks,
-                    recorded, same_bits, save, start, tiny, token_folder, weights, write)
+                    recorded, same_bits, save, tiny, token_folder, weights, write)
 
 import dpo
 import model as m
@@ -16,7 +14,7 @@ import pretrain
 import reward
 import rlhf
 import sft
-from model import ScalarHead, load_checkpoint
+from model import load_checkpoint
 
 CLOCK = {"seconds", "tokens_per_second", "mfu"}    # what two equal runs may differ in
 STAGES = [pretrain, sft, reward, dpo, rlhf]
@@ -28,14 +26,17 @@ def cases(*rows):
     return pytest.mark.parametrize("stage, changes", rows, ids=name_of)
 
 
-@cases((sft, {}), (reward, dict(eta=0.1)), (dpo, {}), (rlhf, dict(algo="ppo")),
+@cases((reward, dict(eta=0.1)), (rlhf, dict(algo="ppo")),
        *((rlhf, dict(algo="grpo", reduction=r)) for r in ("grpo", "dapo", "dr_grpo")))
 def test_a_step_is_the_same_however_it_is_split(short, stage, changes):
-    """Gradients of the first step agree to 1e-6 in one micro-batch and in unequal ones."""
-    whole, parts = (recorded(stage.main, short(stage, max_steps=1, device_batch_size=size,
-                                               **changes))[0] for size in (8, 3))
-    assert max(g.abs().max() for g in whole[0]) > 1e-4
-    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
+    """Gradients agree in one micro-batch and in unequal ones. The other stages' tests compare
+    those of a split step with a calculation by hand."""
+    runs = []
+    for size in (8, 3):
+        cfg = short(stage, max_steps=1, device_batch_size=size, **changes)
+        runs.append(recorded(stage.main, cfg)[0])
+    assert max(g.abs().max() for g in runs[0][0]) > 1e-4
+    torch.testing.assert_close(*runs, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -138,9 +139,9 @@ def test_resume_takes_the_settings_of_the_run(files, tmp_path, capsys):
 
 
 @cases((pretrain, "data"), (sft, "data"), (reward, "init"), (dpo, "data"), (rlhf, "reward"))
-def test_other_data_is_not_resumed_in_silence(stage, changes, files, tmp_path, capsys):
+def test_other_data_is_not_resumed_in_silence(short, stage, changes, tmp_path, capsys):
     """What lies under the old name but is not what it was is named, even if of the same length."""
-    cfg = config(stage, files, tmp_path / "a.pt", max_steps=1)
+    cfg = short(stage, max_steps=1)
     path, copy = getattr(cfg, changes), tmp_path / "copy"
     path = Path(path[0] if changes == "data" else path)
     (shutil.copytree if path.is_dir() else shutil.copy)(path, copy)
@@ -191,10 +192,8 @@ def test_reference_and_judge_are_frozen(short, stage, changes, files, monkeypatc
     cfg = short(stage, learning_rate=1e-2, **changes)
     stage.main(cfg)
     before, after = weights(files["policy"]), weights(cfg.out)
-    frozen = 0
-    for model, _ in loaded:
-        path = files["judge" if isinstance(model, ScalarHead) else "policy"]
-        frozen += same_bits(model.state_dict(), weights(path))
+    frozen = sum(same_bits(model.state_dict(), start)
+                 for model, _ in loaded for start in (before, weights(files["judge"])))
     assert frozen >= (stage is rlhf or "online" in changes) + ("lora_rank" not in changes)
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     assert moved and ("lora_rank" not in changes or all("_proj.weight" in name for name in moved))
@@ -277,35 +276,18 @@ def filled(value, paths):
 @pytest.mark.parametrize("stage, changes, word", ERRORS, ids=name_of)
 def test_user_errors_are_one_line(stage, changes, word, odd, tmp_path):
     """What is wrong and where: nothing is written, nobody's file is touched."""
-    before = {path: path.stat().st_mtime_ns for path in odd["folder"].rglob("*")}
+    times = lambda: {path: path.stat().st_mtime_ns for path in odd["folder"].rglob("*")}
+    before, cfg = times(), config(stage, odd, tmp_path / "a.pt")
     changes = {name: filled(value, odd) for name, value in changes.items()}
-    cfg = config(stage, odd, tmp_path / "a.pt")
     assert word in error(stage.main, replace(cfg, **changes))
-    assert not list(tmp_path.iterdir())
-    assert before == {path: path.stat().st_mtime_ns for path in odd["folder"].rglob("*")}
+    assert not list(tmp_path.iterdir()) and times() == before
 
 
 @pytest.mark.parametrize("stage", [sft, reward, dpo, rlhf], ids=name_of)
 def test_losses_that_are_no_number_end_the_run(short, stage, files, tmp_path):
     """A model that gives NaN is named at the first step; the file keeps what it was."""
     model = load(files["policy"])
-    with torch.no_grad():
-        model.blocks[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.blocks[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     cfg = short(stage, init=save(tmp_path / "sick.pt", model))
     assert "lower --learning_rate" in error(stage.main, cfg)
     assert load_checkpoint(cfg.out, "")["step"] == 0
-
-
-@pytest.mark.slow
-def test_killed_while_it_saves_and_resumed(short):
-    """kill -9 somewhere in a run that saves at every step: the same bits in the end."""
-    whole, killed = (short(pretrain, name, save_every=1, max_steps=30) for name in ("a", "b"))
-    pretrain.main(whole)
-    process, log = start(pretrain.main, killed, 0, 1, 0), Path(killed.out).with_suffix(".jsonl")
-    while process.is_alive() and not (log.exists() and log.read_text().count("\n") > 4):
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and load_checkpoint(killed.out, "")["step"] < 30
-    pretrain.main(replace(killed, resume=True))
-    assert same_bits(weights(whole.out), weights(killed.out))

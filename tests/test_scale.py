@@ -58,7 +58,7 @@ def as_on_gpus(monkeypatch):
         slice(i, i + 1024) for i in range(0, len(logits), 1024)])
 
 
-@pytest.mark.parametrize("depth, recompute", [(12, False), (12, True), (20, False)])
+@pytest.mark.parametrize("depth, recompute", [(6, False), (6, True), (12, False)])
 def test_memory_of_a_step(as_on_gpus, depth, recompute):
     """What --plan says is within 10 % of what a step of 32,768 tokens over 50,304 ids holds."""
     cfg = pretrain.Config(depth=depth, recompute=recompute, total_batch_tokens=2 ** 16)
@@ -77,15 +77,6 @@ def test_memory_of_a_step(as_on_gpus, depth, recompute):
             for opt in optimizers if step == 0 else ():
                 opt.step()
     assert pretrain.memory(cfg, sizes, B, 1, "none") == pytest.approx(memory.peak, rel=0.1)
-
-
-def test_memory_of_the_loss(as_on_gpus):
-    """Logits in bf16 and their gradient, 4 bytes an id, and one piece in float32."""
-    with FakeTensorMode(), Memory() as memory:
-        logits = torch.zeros(8, 4096, 50304, dtype=torch.bfloat16, requires_grad=True)
-        ids = torch.zeros(8, 4096, dtype=torch.long)
-        m.token_nats(logits, ids).sum().backward()
-    assert memory.peak <= 4 * logits.numel() + 3 * 4 * 1024 * 50304
 
 
 @pytest.mark.parametrize("shard", ["none", "fsdp"])

@@ -28,15 +28,10 @@ GO, LONG = turn("assistant", "Go."), [turn("assistant", "a"), turn("user", "b")]
 OLD, READ = [turn("user", "One?"), turn("assistant", "1.")], turn("user", "It is.\n\nHi?")
 UNLEARNED = dict(YO, weight=0)
 SHAPES = {m.to_messages: [
-    (dict(messages=[HI, YO]), [HI, YO]),
     (dict(messages=[turn("user", PARTS), YO]), [HI, YO]),
-    (dict(conversations=SAID), [HI, YO]),
     (dict(conversations=SAID, system="Be a pirate."), [PIRATE, HI, YO]),
-    (dict(instruction="Hi?", output="Yo."), [HI, YO]),
     (dict(instruction="Hi", input="?", output="Yo."), [turn("user", "Hi\n\n?"), YO]),
-    (dict(question="Hi?", answer="Yo."), [HI, YO]),
     (dict(question=HH, answer="Yo."), [turn("user", HH), YO]),    # no words in others' mouths
-    (dict(prompt="Hi?", completion="Yo."), [HI, YO]),
     (dict(prompt=[HI], completion=[YO]), [HI, YO]),
     (dict(prompt="\n\nHuman: Hi?\n\nAssistant:", completion="Yo."), [HI, YO]),
     (dict(prompt="Hi?", chosen="Yo.", rejected="Go."), [HI, YO]),
@@ -60,13 +55,11 @@ SHAPES = {m.to_messages: [
 ], m.to_prompt: [
     (dict(context="It is.", question="Hi?", answer="Yo."), [READ]),
     (dict(messages=None, prompt=[dict(PIRATE, role="developer"), HI]), [PIRATE, HI]),
-    (dict(prompt="Hi?"), [HI]), (dict(prompt=[HI, YO]), [HI]), (dict(messages=[HI, YO]), [HI]),
-    (dict(messages=[HI]), [HI]), (dict(conversations=SAID[:1]), [HI]),
-    (dict(prompt="Hi?", system="Be a pirate."), [PIRATE, HI]), (dict(instruction="Hi?"), [HI]),
-    (dict(question="Hi?", answer="Yo."), [HI]), (dict(instruction=HH), [turn("user", HH)]),
-    (dict(prompt=HH), TALK), (dict(chosen=HH + "Yes.", rejected=HH + "No."), TALK)
+    (dict(prompt=[HI, YO]), [HI]), (dict(messages=[HI, YO]), [HI]),
+    (dict(conversations=SAID[:1]), [HI]), (dict(prompt="Hi?", system="Be a pirate."), [PIRATE, HI]),
+    (dict(instruction=HH), [turn("user", HH)]), (dict(prompt=HH), TALK),
+    (dict(chosen=HH + "Yes.", rejected=HH + "No."), TALK)
 ], m.to_pair: [
-    (dict(prompt="Hi?", chosen="Yo.", rejected="Go."), ([HI], "Yo.", "Go.")),
     (dict(prompt=[HI], chosen=[YO], rejected=[GO]), ([HI], "Yo.", "Go.")),
     (dict(prompt="Hi?", chosen=[HI, YO], rejected=[HI, GO]), ([HI], "Yo.", "Go.")),    # twice
     (dict(prompt=[HI], chosen=[*LONG, YO], rejected=[*LONG, GO]), ([HI, *LONG], "Yo.", "Go.")),

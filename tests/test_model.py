@@ -316,9 +316,13 @@ def test_any_console_and_any_system(monkeypatch):
 
 @pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_stopped_save_loses_nothing(tmp_path, stop):
-    """A full disk or Ctrl-C leaves the old file whole and no half of a new one."""
-    path = tmp_path / "a.pt"
-    m.write_atomic(path, lambda f: f.write(b"old"))
+    """A full disk or Ctrl-C leaves the old file whole and no half of a new one; nor does kill -9,
+    for what is written whole is another file, renamed."""
+    path, numbers = tmp_path / "a.pt", []
+    for _ in range(2):
+        m.write_atomic(path, lambda f: f.write(b"old"))
+        numbers.append(path.stat().st_ino)
+    assert numbers[0] != numbers[1]
 
     def write(f):
         f.write(b"ne")

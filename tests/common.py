@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp    # noqa: F401, once here instead of in every child: it is slow
 
 import model as m
 from model import GPT, Env, GPTConfig, ScalarHead, load_checkpoint, save_checkpoint
@@ -197,26 +198,25 @@ def interrupted(main, steps):
     return run
 
 
-def start(main, cfg, rank, world_size, port, save_to=os.devnull):
-    """main(cfg) as one of torchrun's processes: a child of this one, which has imported all."""
-    def child():
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.save(recorded(main, cfg), save_to)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    return process
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def on_two_ranks(main, cfg, folder):
-    """Run a stage in two processes: what `recorded` gives of each rank."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    files = [folder / f"rank{rank}" for rank in range(2)]
-    ranks = [start(main, cfg, rank, 2, port, file) for rank, file in enumerate(files)]
+    """Run a stage as torchrun does, in two children of this process, which has imported all: what
+    `recorded` gives of each rank."""
+    def child(rank, port, file):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        torch.save(recorded(main, cfg), file)
+        dist.destroy_process_group()
+    files, port = [folder / f"rank{rank}" for rank in range(2)], free_port()
+    fork = multiprocessing.get_context("fork").Process
+    ranks = [fork(target=child, args=(rank, port, file)) for rank, file in enumerate(files)]
+    for process in ranks:
+        process.start()
     for process in ranks:
         process.join(120)
     assert [process.exitcode for process in ranks] == [0, 0]

@@ -33,6 +33,16 @@ def quick(monkeypatch):
 
 
 @pytest.fixture
+def eager_backend(monkeypatch):
+    """torch.compile that traces and guards as ever, but needs no compiler."""
+    import model
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_(f, backend="eager"))
+    torch._dynamo.reset()
+    model.compiled.cache_clear()
+
+
+@pytest.fixture
 def short(files, tmp_path):
     """Settings of a short run: short(stage, name of the file that it writes, **changes)."""
     from common import config

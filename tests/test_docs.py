@@ -42,7 +42,9 @@ def test_documented_commands_parse(stage, arguments):
 def test_named_files_exist():
     """The README's map of the project matches the ground."""
     text = (ROOT / "README.md").read_text()
-    for name in re.findall(r"`((?:data|tests)/[\w./]*|\w+\.(?:py|txt|md))`", text):
+    names = re.findall(r"`((?:data|tests)/[\w./]*|\w+\.(?:py|txt|md))`", text)
+    assert set(STAGES) < {Path(name).stem for name in names}
+    for name in names:
         assert (ROOT / name).exists(), f"README.md names {name}"
 
 

@@ -1,5 +1,4 @@
 """What only a GPU can show. Run: python -m pytest tests/test_gpu.py -q (skipped without CUDA)."""
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import config, interrupted, log_of, weights
+from common import free_port, interrupted, log_of, weights
 
 import dpo
 import model as m
@@ -17,8 +16,7 @@ import reward
 import rlhf
 import sft
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="there is no GPU")]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 ROOT = Path(__file__).parent.parent
 DRAWN = dict(device="cuda", dtype=torch.bfloat16)
 
@@ -46,10 +44,10 @@ def test_norm():
     (pretrain, dict(compile=False, recompute=True)), (sft, {}), (sft, dict(lora_rank=2)),
     (reward, {}), (dpo, {}), (dpo, dict(online=True)), (rlhf, dict(algo="ppo")),
     (rlhf, dict(algo="grpo"))])
-def test_stages_run_and_resume(stage, changes, files, tmp_path):
+def test_stages_run_and_resume(stage, changes, short):
     """Three steps in bf16, stopped in the second and gone on with: as in one go."""
-    whole = config(stage, files, tmp_path / "whole.pt", precision="auto", **changes)
-    part = replace(whole, out=str(tmp_path / "part.pt"), save_every=1)
+    whole, part = (short(stage, name, precision="auto", save_every=1, **changes)
+                   for name in ("whole", "part"))
     stage.main(whole)
     interrupted(stage.main, 1)(part)
     stage.main(replace(part, resume=True))
@@ -58,11 +56,10 @@ def test_stages_run_and_resume(stage, changes, files, tmp_path):
         assert (a[name] - b[name]).abs().mean() < 1e-4
 
 
-def test_compiled_is_eager(files, tmp_path):
+def test_compiled_is_eager(short):
     """The losses of 30 steps."""
-    few = dict(max_steps=30, precision="auto")
-    eager = losses(config(pretrain, files, tmp_path / "a.pt", compile=False, **few))
-    fast = losses(config(pretrain, files, tmp_path / "b.pt", compile=True, **few))
+    eager, fast = (losses(short(pretrain, compile=compile, max_steps=30, precision="auto"))
+                   for compile in (False, True))
     assert len(fast) == 30 and (fast - eager).abs().max() < 0.03
 
 
@@ -113,20 +110,17 @@ def test_memory_of_the_loss():
 
 
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
-def test_all_gpus_are_one(shard, files, tmp_path):
+def test_all_gpus_are_one(shard, short, tmp_path):
     """The losses of ten steps on all GPUs and on one."""
     n = torch.cuda.device_count()
     if n < 2 or 64 % n:
         pytest.skip("needs 2, 4 or 8 GPUs")
-    cfg = config(pretrain, files, tmp_path / "one.pt", max_steps=10, total_batch_tokens=2048)
+    cfg = short(pretrain, max_steps=10, total_batch_tokens=2048)
     one, out = losses(cfg), str(tmp_path / "all.pt")
     flags = [f"--{name}={value}" for name, value in vars(cfg).items()
              if type(value) in (int, float, str) and name not in ("out", "shard")]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
-                    f"--master_port={port}", "pretrain.py", *flags, "--data", *cfg.data,
+                    f"--master_port={free_port()}", "pretrain.py", *flags, "--data", *cfg.data,
                     "--out", out, "--shard", shard], cwd=ROOT, check=True)
     several = torch.tensor([row["loss"] for row in log_of(out, "loss")])
     assert len(several) == 10 and (several - one).abs().max() < 0.05

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import error, turn
+from common import error, save, turn
 
 import evaluate
 import model as m
@@ -56,9 +56,7 @@ def saved(folder, enc=None, **changes):
     """A checkpoint file of a small random model with as many ids as the tokenizer has."""
     enc = enc or small_encoding()
     sizes = dict(SIZES, qk_norm=False, vocab_size=enc.n_vocab)
-    model = randomise(m.GPT(m.GPTConfig(**{**sizes, **changes})))
-    m.save_checkpoint(folder / "model.pt", model, "sft", 3, enc, model.config)
-    return folder / "model.pt"
+    return save(folder / "model.pt", randomise(m.GPT(GPTConfig(**{**sizes, **changes}))), enc)
 
 
 def edit(path, **changes):
@@ -143,8 +141,8 @@ def test_export_refuses_what_it_cannot_say(tmp_path):
     both = saved(tmp_path, qk_norm=True, qkv_bias=True)
     assert "bias" in error(m.export_model, both, tmp_path / "out")
     head = m.ScalarHead(GPT(GPTConfig(**SIZES, vocab_size=small_encoding().n_vocab)))
-    m.save_checkpoint(tmp_path / "r.pt", head, "reward", 1, small_encoding(), head.config)
-    assert "score.weight" in error(m.export_model, tmp_path / "r.pt", tmp_path / "out")
+    judge = save(tmp_path / "judge.pt", head, small_encoding())
+    assert "score.weight" in error(m.export_model, judge, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -266,8 +264,7 @@ def test_transformers_models_come_in_and_go_out(tmp_path, family):
     for rows in (ours.embed.weight, ours.head.weight):    # new tokens start as the mean
         mean = rows[:600].mean(0).expand(enc.n_vocab - 600, -1)
         torch.testing.assert_close(rows[600:], mean, atol=1e-6, rtol=1e-5)
-    m.save_checkpoint(tmp_path / "ours.pt", ours, "sft", 1, enc, ours.config)
-    m.export_model(tmp_path / "ours.pt", tmp_path / "out")
+    m.export_model(save(tmp_path / "ours.pt", ours, enc), tmp_path / "out")
     again = m.encoding_from_dict(m.load_checkpoint(tmp_path / "out", "")["encoding"])
     assert again._special_tokens == enc._special_tokens and again.n_vocab == enc.n_vocab
     assert [again.encode_ordinary(t) for t in TEXTS] == [enc.encode_ordinary(t) for t in TEXTS]

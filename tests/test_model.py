@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from common import CPU, ENC, END, byte_encoding, error, save, tiny, turn
 
 import model as m
-from model import GPT, GPTConfig, KVCache, complete, generate, render_chat, sample, token_logprobs
+from model import GPT, GPTConfig, complete, generate, render_chat, sample, token_logprobs
 
 ROOT = Path(m.__file__).parent
 
@@ -35,19 +35,6 @@ def test_attention(masked, fused):
     expected = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     got = m.attention(q, k, v, mask if masked else None, fused=fused)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("prefill", [1, 2, 13])
-def test_cached_logits_are_the_plain_ones(prefill):
-    """Generation continues what is scored; so no token sees what comes after it in either."""
-    model, ids = tiny(), torch.randint(0, 260, (3, 20))
-    cache, parts = KVCache(model.config, 3, "cpu", torch.float32), []
-    for start, end in [(0, prefill), *((t, t + 1) for t in range(prefill, 20))]:
-        cache.make_room(end)
-        positions = torch.arange(start, end).expand(3, -1)
-        states = model.hidden(ids[:, start:end], cache=cache, positions=positions)
-        parts.append(model.head(states))
-    torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_rotary_angles():
@@ -181,15 +168,12 @@ def test_generate_refuses_what_it_cannot_do():
 
 
 def test_token_logprobs_are_aligned_to_tokens():
-    """Entry t is of token t, the first is 0; float32; uniform over V costs ln V."""
+    """Entry t is of token t, the first is 0; float32."""
     logits = torch.tensor([[[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [9.0, 9.0, 9.0]]])
     ids = torch.tensor([[0, 1, 0]])
     expected = torch.tensor([[0.0, -1.40761, -2.40761]])
     torch.testing.assert_close(token_logprobs(logits, ids), expected, atol=1e-5, rtol=0)
     assert token_logprobs(logits.bfloat16(), ids).dtype == torch.float32
-    for vocabulary, nats in ((50257, 10.82490), (6400, 8.76405)):
-        zeros = token_logprobs(torch.zeros(1, 3, vocabulary), torch.randint(0, vocabulary, (1, 3)))
-        assert (-zeros[0, 1:]).tolist() == pytest.approx([nats] * 2, abs=1e-5)
 
 
 def test_cosine_schedule():
@@ -322,20 +306,23 @@ def test_any_console_and_any_system(monkeypatch):
     """A sample's letters that the console lacks end no run; nor does a system without resource."""
     console = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", console)
-    m.parse_args(Config, [])
-    m.print0("\ufffd ü")
-    assert console.buffer.getvalue() == b"\\ufffd \\xfc\n"
     monkeypatch.setattr(sys, "argv", ["stage.py"])
     assert "Too many" in error(m.run, Mock(side_effect=OSError(24, "Too many open files")), Config)
+    m.print0("\ufffd ü")
+    assert console.buffer.getvalue() == b"\\ufffd \\xfc\n"
     monkeypatch.setitem(sys.modules, "resource", None)
     assert "unknown" in m.peak_memory(CPU)
 
 
 @pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_stopped_save_loses_nothing(tmp_path, stop):
-    """A full disk or Ctrl-C leaves the old file whole and no half of a new one."""
-    path = tmp_path / "a.pt"
-    m.write_atomic(path, lambda f: f.write(b"old"))
+    """A full disk or Ctrl-C leaves the old file whole and no half of a new one; nor does kill -9,
+    for what is written whole is another file, renamed."""
+    path, numbers = tmp_path / "a.pt", []
+    for _ in range(2):
+        m.write_atomic(path, lambda f: f.write(b"old"))
+        numbers.append(path.stat().st_ino)
+    assert numbers[0] != numbers[1]
 
     def write(f):
         f.write(b"ne")
@@ -349,16 +336,13 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
     """The same logits after loading; other files, code hidden in one, other sizes are refused."""
     model, ids = tiny(tie_embeddings=True), torch.arange(30)[None]
     path = Path(save(tmp_path / "a.pt", model))
-    checkpoint = m.load_checkpoint(path, "python pretrain.py")
+    checkpoint = m.load_checkpoint(path, "")
     copy, enc = m.load_model(checkpoint, "cpu")
     assert torch.equal(copy(ids), model(ids)) and m.encoding_hash(enc) == m.encoding_hash(ENC)
     assert (checkpoint["stage"], checkpoint["step"]) == ("test", 0)
-    missing = error(m.load_checkpoint, tmp_path / "no.pt", "python pretrain.py")
-    assert "make it with: python pretrain.py" in missing
-    (tmp_path / "junk.pt").write_bytes(b"junk")
     (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:-500])
     torch.save(dict(checkpoint, step=print), tmp_path / "code.pt")
-    for name in ("junk", "cut", "code"):
+    for name in ("cut", "code"):
         assert "not a checkpoint" in error(m.load_checkpoint, tmp_path / f"{name}.pt", "")
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     for pointer in (tmp_path / "tokenizer.json", tmp_path):    # instead of weights, or in a folder

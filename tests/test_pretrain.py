@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from common import (CPU, ENC, config, error, interrupted, log_of, on_two_ranks, 
                     token_folder, weights)
 
 import model as m
+import prepare
 import pretrain
 from model import GPT, GPTConfig, load_checkpoint
 from pretrain import Config
@@ -59,20 +61,22 @@ def test_sources_are_mixed_by_weight(short, files, tmp_path):
 
 
 def test_a_first_run_prepares_the_data(files, tmp_path, monkeypatch):
-    """With nothing in out/tokens prepare.py is run, not as one of torchrun's, and training
-    goes on; if it fails, that is one line. Here it makes bytes of a small text."""
-    run = subprocess.run
-    flags = "--input a.txt --tokenizer bytes --no-clean --split tail --val_fraction 0.1".split()
+    """With nothing in out/tokens prepare.py is run, not as one of torchrun's, and training goes on;
+    if it fails, that is one line. Here it fails at first, and then copies tokens."""
+    codes = [1, 0]
 
-    def run_with_flags(command, env):
+    def run(command, env):
+        assert command == [sys.executable, Path(prepare.__file__)]
         assert not {"RANK", "WORLD_SIZE"} & env.keys()
-        return run([*command, *flags], env=env, capture_output=True)
-    monkeypatch.setattr(subprocess, "run", run_with_flags)
+        done = SimpleNamespace(returncode=codes.pop(0))
+        if done.returncode == 0:
+            shutil.copytree(files["tokens"], prepare.Config().out)
+        return done
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.chdir(tmp_path)
     cfg = config(pretrain, files, "out/base.pt", data=Config().data)
     assert "prepare.py failed" in error(pretrain.main, cfg)
-    Path("a.txt").write_text("one two three four five\n" * 300)
     pretrain.main(cfg)
     assert load_checkpoint(cfg.out, "")["step"] == 3
 
@@ -197,45 +201,33 @@ def test_a_sample_is_cut_between_letters(monkeypatch):
 
 
 def test_validation_is_a_mean_over_tokens(files, monkeypatch):
-    """In batches of 1 or 5, or by three ranks that read a third each.
+    """In batches of 1 or 5, or by three ranks that read a third each; of two folders each has the
+    numbers that it has alone.
 
     Knowing nothing of 256 bytes and 4 control tokens costs ln 260 nats, log2 260 bits.
     """
-    cfg, sources = config(pretrain, files, ""), [m.open_tokens(files["tokens"])]
+    cfg, sources = config(pretrain, files, ""), [m.open_tokens(files["tokens"]) for _ in range(2)]
+    sources[1].update(path="half", val=sources[1]["val"][:250])
     model = GPT(pretrain.model_config(cfg, 260))
     cfg = pretrain.derive(cfg, model.config, 1000, 9999, CPU)
     torch.nn.init.zeros_(model.head.weight)
-    found = pretrain.validate(model, sources, cfg, CPU)
+    found = pretrain.validate(model, sources[:1], cfg, CPU)
     assert [*found.values()] == pytest.approx([math.log(260), math.log2(260)], abs=1e-5)
     torch.nn.init.normal_(model.head.weight, std=0.3)
-    one, five = (pretrain.validate(model, sources, replace(cfg, device_batch_size=size), CPU)
-                 for size in (1, 5))
-    assert one == pytest.approx(five, abs=1e-6)
+    ones, fives = (pretrain.validate(model, sources, replace(cfg, device_batch_size=size), CPU)
+                   for size in (1, 5))
+    assert ones == pytest.approx(fives, abs=1e-6)
+    for source in sources:
+        alone = pretrain.validate(model, [source], cfg, CPU)
+        for name in ("val_loss", "val_bpb"):
+            assert ones[f"{name} {source['path']}"] == pytest.approx(alone[name], abs=1e-6)
     sums = []
     monkeypatch.setattr(pretrain, "sum_over_ranks", lambda x, env: sums.append(x) or x)
     for rank in range(3):
         pretrain.validate(model, sources, cfg, replace(CPU, rank=rank, world_size=3))
-    nats, tokens, _, _ = sum(sums)[0].tolist()
-    assert tokens == len(sources[0]["val"]) - 1
-    assert nats / tokens == pytest.approx(one["val_loss"], abs=1e-6)
-
-
-def test_validation_of_each_folder(files):
-    """Of two folders each has its own numbers, those it has alone; the sum is theirs by tokens."""
-    sources = [m.open_tokens(files["tokens"]) for _ in range(2)]
-    sources[1].update(path="half", val=sources[1]["val"][:len(sources[1]["val"]) // 2])
-    cfg = config(pretrain, files, "")
-    model = GPT(pretrain.model_config(cfg, 260))
-    cfg = replace(pretrain.derive(cfg, model.config, 1000, 9999, CPU), device_batch_size=5)
-    torch.nn.init.normal_(model.head.weight, std=0.3)
-    both, *alone = (pretrain.validate(model, part, cfg, CPU)
-                    for part in (sources, sources[:1], sources[1:]))
-    sizes = [len(s["val"]) - 1 for s in sources]
-    for s, one in zip(sources, alone):
-        for name in ("val_loss", "val_bpb"):
-            assert both[f"{name} {s['path']}"] == pytest.approx(one[name], abs=1e-6)
-    assert both["val_loss"] == pytest.approx(
-        np.average([one["val_loss"] for one in alone], weights=sizes), abs=1e-6)
+    nats, tokens, _, _ = sum(sums).sum(0).tolist()
+    assert tokens == sum(len(source["val"]) - 1 for source in sources)
+    assert nats / tokens == pytest.approx(ones["val_loss"], abs=1e-6)
 
 
 def test_it_learns(short, tmp_path):
@@ -270,15 +262,15 @@ def test_the_gradient_is_that_of_the_mean_over_tokens(short, files, doc_mask):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer, tie", [("muon", False), ("adamw", True)])
-def test_fsdp_on_two_ranks_is_one(short, tmp_path, monkeypatch, optimizer, tie):
+@pytest.mark.parametrize("compile, changes", [
+    (False, dict(doc_mask=True)), (True, dict(optimizer="adamw", tie_embeddings=True, depth=1))])
+def test_fsdp_on_two_ranks_is_one(short, tmp_path, monkeypatch, eager_backend, compile, changes):
     """Sharded over two ranks: gradients, log and file of one process, half of the moments each.
 
     The 16 windows of validation text are passes of 2: both ranks must take part in as many.
     """
-    one = short(pretrain, "one", optimizer=optimizer, tie_embeddings=tie,
-                doc_mask=True, device_batch_size=2, eval_every=2)
-    two = replace(one, out=str(tmp_path / "two.pt"), shard="fsdp")
+    one = short(pretrain, "one", device_batch_size=2, eval_every=2, **changes)
+    two = replace(one, out=str(tmp_path / "two.pt"), shard="fsdp", compile=compile)
     grads, _ = recorded(pretrain.main, one)
     save = pretrain.save_checkpoint
 
@@ -299,19 +291,16 @@ def test_fsdp_on_two_ranks_is_one(short, tmp_path, monkeypatch, optimizer, tie):
 @pytest.mark.slow
 def test_resuming_on_another_number_of_ranks(short, tmp_path):
     """Two sharded ranks, interrupted, go on to the same bits; so does one, nearly; and back."""
-    one = short(pretrain, "one", max_steps=5, save_every=2)
+    one, two, again, fewer, more = (short(pretrain, name, max_steps=4, save_every=2, depth=1)
+                                    for name in ("one", "two", "again", "fewer", "more"))
     pretrain.main(one)
     losses = [row["loss"] for row in log_of(one.out, "loss")]
     stop = interrupted(pretrain.main, 3)    # a step after the save at 2
-    two = replace(one, out=str(tmp_path / "two.pt"), shard="fsdp")
-    on_two_ranks(pretrain.main, two, tmp_path)
-    again = replace(two, out=str(tmp_path / "again.pt"))
-    on_two_ranks(stop, again, tmp_path)
-    fewer, more = (replace(one, out=str(tmp_path / f"{name}.pt")) for name in ("fewer", "more"))
+    on_two_ranks(pretrain.main, replace(two, shard="fsdp"), tmp_path)
+    on_two_ranks(stop, replace(again, shard="fsdp"), tmp_path)
     for suffix in (".pt", ".jsonl"):
-        copy = Path(again.out).with_suffix(suffix).read_bytes()
-        Path(fewer.out).with_suffix(suffix).write_bytes(copy)
-    on_two_ranks(pretrain.main, replace(again, resume=True), tmp_path)
+        shutil.copy(Path(again.out).with_suffix(suffix), Path(fewer.out).with_suffix(suffix))
+    on_two_ranks(pretrain.main, replace(again, shard="fsdp", resume=True), tmp_path)
     assert same_bits(weights(again.out), weights(two.out))
     pretrain.main(replace(fewer, resume=True))
     stop(more)
@@ -339,9 +328,8 @@ def test_same_seed_same_bits(short, tmp_path):
         pretrain.main(short(pretrain, name, seed=seed, precision="bf16"))
     a, b, c = (weights(tmp_path / f"{name}.pt") for name in "abc")
     assert same_bits(a, b) and not torch.equal(a["embed.weight"], c["embed.weight"])
-    moments = []
-    for opt in load_checkpoint(tmp_path / "a.pt", "")["optimizers"]:
-        moments += [x for state in opt["state"].values() for x in state.values()]
+    optimizers = load_checkpoint(tmp_path / "a.pt", "")["optimizers"]
+    moments = [x for opt in optimizers for state in opt["state"].values() for x in state.values()]
     assert {x.dtype for x in [*a.values(), *moments]} == {torch.float32}
 
 

@@ -1,14 +1,12 @@
 """What holds of every stage. Run: python -m pytest tests/test_resume.py -q."""
 import shutil
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from common import (byte_encoding, config, error, interrupted, judge, load, log_of, on_two_ranks,
-                    recorded, same_bits, save, start, tiny, token_folder, weights, write)
+                    recorded, same_bits, save, tiny, token_folder, weights, write)
 
 import dpo
 import model as m
@@ -16,7 +14,7 @@ import pretrain
 import reward
 import rlhf
 import sft
-from model import ScalarHead, load_checkpoint
+from model import load_checkpoint
 
 CLOCK = {"seconds", "tokens_per_second", "mfu"}    # what two equal runs may differ in
 STAGES = [pretrain, sft, reward, dpo, rlhf]
@@ -28,27 +26,25 @@ def cases(*rows):
     return pytest.mark.parametrize("stage, changes", rows, ids=name_of)
 
 
-@cases((pretrain, dict(optimizer="adamw")), (pretrain, dict(doc_mask=True)), (sft, {}),
-       (sft, dict(pack=False)), (reward, dict(eta=0.1)), (dpo, {}), (dpo, dict(loss="simpo")),
-       (rlhf, dict(algo="ppo")),
+@cases((reward, dict(eta=0.1)), (rlhf, dict(algo="ppo")),
        *((rlhf, dict(algo="grpo", reduction=r)) for r in ("grpo", "dapo", "dr_grpo")))
 def test_a_step_is_the_same_however_it_is_split(short, stage, changes):
-    """Gradients of the first step agree to 1e-6 whatever the size of a micro-batch."""
+    """Gradients agree in one micro-batch and in unequal ones. The other stages' tests compare
+    those of a split step with a calculation by hand."""
     runs = []
-    for size in (8, 4, 1) if stage is pretrain else (8, 3, 1):
-        cfg = short(stage, max_steps=1, **changes)
-        runs.append(recorded(stage.main, replace(cfg, device_batch_size=size))[0][0])
-    assert max(g.abs().max() for g in runs[0]) > 1e-4
-    for grads in runs[1:]:
-        torch.testing.assert_close(grads, runs[0], atol=1e-6, rtol=1e-4)
+    for size in (8, 3):
+        cfg = short(stage, max_steps=1, device_batch_size=size, **changes)
+        runs.append(recorded(stage.main, cfg)[0])
+    assert max(g.abs().max() for g in runs[0][0]) > 1e-4
+    torch.testing.assert_close(*runs, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.slow
-@cases((pretrain, dict(doc_mask=True)), (sft, dict(pack=False)), (sft, dict(lora_rank=2)),
-       (reward, {}), (reward, dict(lora_rank=2)), (dpo, dict(lora_rank=2, batch_size=5)),
-       (dpo, dict(online=True, batch_size=5)), (rlhf, dict(minibatches=2)),
-       (rlhf, dict(lora_rank=2)), (rlhf, dict(algo="grpo", group_size=2, reduction="grpo")))
-def test_two_processes_train_like_one(short, stage, changes, files, tmp_path):
+@cases((pretrain, dict(doc_mask=True, compile=True)), (sft, dict(pack=False)), (reward, {}),
+       (dpo, dict(lora_rank=2, batch_size=5)), (dpo, dict(online=True, batch_size=5)),
+       (rlhf, dict(minibatches=2)), (rlhf, dict(lora_rank=2)),
+       (rlhf, dict(algo="grpo", group_size=2, reduction="grpo")))
+def test_two_processes_train_like_one(short, stage, changes, files, tmp_path, eager_backend):
     """Under DistributedDataParallel: replicas equal to the bit, gradients and log as of one."""
     if stage is sft:
         changes = dict(changes, replay=0.1, replay_data=files["tokens"])
@@ -66,10 +62,10 @@ def test_two_processes_train_like_one(short, stage, changes, files, tmp_path):
     assert [row.keys() for row in one] == [row.keys() for row in two]
     for x, y in zip(one, two):
         for key in [k for k in x.keys() - CLOCK if isinstance(x[k], (int, float))]:
-            assert y[key] == pytest.approx(x[key], abs=2e-3, nan_ok=True), (key, x["step"])
+            assert y[key] == pytest.approx(x[key], abs=2e-3), (key, x["step"])
 
 
-@cases((pretrain, {}), (sft, {}), (sft, dict(lora_rank=2)), (reward, dict(lora_rank=2)),
+@cases((pretrain, {}), (sft, {}), (reward, dict(lora_rank=2)),
        (dpo, dict(lora_rank=2, online=True)), (dpo, {}), (rlhf, dict(algo="ppo")),
        (rlhf, dict(algo="ppo", lora_rank=2)), (rlhf, dict(algo="grpo", minibatches=2)))
 def test_stopped_and_resumed_ends_with_the_same_bits(short, stage, changes):
@@ -77,14 +73,14 @@ def test_stopped_and_resumed_ends_with_the_same_bits(short, stage, changes):
 
     It starts over the file of an earlier run and first stops before a save of its own progress.
     """
-    changes = dict(changes, save_every=4, eval_every=5, max_steps=12)
+    changes = dict(changes, save_every=2, eval_every=3, max_steps=6)
     whole, stopped = (short(stage, name, **changes) for name in ("whole", "stopped"))
     stage.main(whole)
     stage.main(replace(stopped, seed=2, max_steps=1))
-    for steps, resume in ((2, False), (5, True), (7, True)):    # a rollout has four steps
+    for steps, resume in ((1, False), (3, True), (3, True)):    # a rollout has four steps
         steps *= 4 if stage is rlhf else 1
         interrupted(stage.main, steps)(replace(stopped, resume=resume))
-    assert load_checkpoint(stopped.out, "")["step"] == 8
+    assert load_checkpoint(stopped.out, "")["step"] == 4
     stage.main(replace(stopped, resume=True))
     one, other = (load_checkpoint(cfg.out, "") for cfg in (whole, stopped))
     assert same_bits(one["weights"], other["weights"])
@@ -94,7 +90,7 @@ def test_stopped_and_resumed_ends_with_the_same_bits(short, stage, changes):
     for row in one + other:
         for key in CLOCK:
             row.pop(key, None)
-    assert repr(one) == repr(other)    # as text, in which NaN equals NaN
+    assert one == other
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=name_of)
@@ -143,9 +139,9 @@ def test_resume_takes_the_settings_of_the_run(files, tmp_path, capsys):
 
 
 @cases((pretrain, "data"), (sft, "data"), (reward, "init"), (dpo, "data"), (rlhf, "reward"))
-def test_other_data_is_not_resumed_in_silence(stage, changes, files, tmp_path, capsys):
+def test_other_data_is_not_resumed_in_silence(short, stage, changes, tmp_path, capsys):
     """What lies under the old name but is not what it was is named, even if of the same length."""
-    cfg = config(stage, files, tmp_path / "a.pt", max_steps=1)
+    cfg = short(stage, max_steps=1)
     path, copy = getattr(cfg, changes), tmp_path / "copy"
     path = Path(path[0] if changes == "data" else path)
     (shutil.copytree if path.is_dir() else shutil.copy)(path, copy)
@@ -177,16 +173,14 @@ def test_validation_takes_no_longer_than_training(short, stage, monkeypatch):
     assert 1 < sizes[0] <= 3
 
 
-@pytest.mark.parametrize("made, resumed, changes", [
-    (dpo, sft, {}), (sft, pretrain, {}), (pretrain, pretrain, dict(optimizer="adamw")),
-    (rlhf, rlhf, dict(algo="grpo")), (sft, sft, dict(lora_rank=2))])
-def test_a_run_is_not_resumed_as_another(made, resumed, changes, files, tmp_path):
-    """Another stage, optimizer or rank of adapters is refused, the file left as it was."""
-    out = tmp_path / "a.pt"
-    made.main(config(made, files, out, max_steps=1))
-    before = out.read_bytes()
-    error(resumed.main, config(resumed, files, out, resume=True, **changes))
-    assert out.read_bytes() == before
+@cases((pretrain, dict(optimizer="adamw")), (rlhf, dict(algo="grpo")), (sft, dict(lora_rank=2)))
+def test_a_run_is_not_resumed_as_another(short, stage, changes):
+    """Another optimizer or rank of adapters is refused, the file left as it was."""
+    cfg = short(stage, max_steps=1)
+    stage.main(cfg)
+    before = Path(cfg.out).read_bytes()
+    assert "with another" in error(stage.main, replace(cfg, resume=True, **changes))
+    assert Path(cfg.out).read_bytes() == before
 
 
 @cases((rlhf, {}), (rlhf, dict(lora_rank=2)), (dpo, {}), (dpo, dict(lora_rank=2)),
@@ -198,10 +192,8 @@ def test_reference_and_judge_are_frozen(short, stage, changes, files, monkeypatc
     cfg = short(stage, learning_rate=1e-2, **changes)
     stage.main(cfg)
     before, after = weights(files["policy"]), weights(cfg.out)
-    frozen = 0
-    for model, _ in loaded:
-        path = files["judge" if isinstance(model, ScalarHead) else "policy"]
-        frozen += same_bits(model.state_dict(), weights(path))
+    frozen = sum(same_bits(model.state_dict(), start)
+                 for model, _ in loaded for start in (before, weights(files["judge"])))
     assert frozen >= (stage is rlhf or "online" in changes) + ("lora_rank" not in changes)
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     assert moved and ("lora_rank" not in changes or all("_proj.weight" in name for name in moved))
@@ -284,35 +276,18 @@ def filled(value, paths):
 @pytest.mark.parametrize("stage, changes, word", ERRORS, ids=name_of)
 def test_user_errors_are_one_line(stage, changes, word, odd, tmp_path):
     """What is wrong and where: nothing is written, nobody's file is touched."""
-    before = {path: path.stat().st_mtime_ns for path in odd["folder"].rglob("*")}
+    times = lambda: {path: path.stat().st_mtime_ns for path in odd["folder"].rglob("*")}
+    before, cfg = times(), config(stage, odd, tmp_path / "a.pt")
     changes = {name: filled(value, odd) for name, value in changes.items()}
-    cfg = config(stage, odd, tmp_path / "a.pt")
     assert word in error(stage.main, replace(cfg, **changes))
-    assert not list(tmp_path.iterdir())
-    assert before == {path: path.stat().st_mtime_ns for path in odd["folder"].rglob("*")}
+    assert not list(tmp_path.iterdir()) and times() == before
 
 
 @pytest.mark.parametrize("stage", [sft, reward, dpo, rlhf], ids=name_of)
 def test_losses_that_are_no_number_end_the_run(short, stage, files, tmp_path):
     """A model that gives NaN is named at the first step; the file keeps what it was."""
     model = load(files["policy"])
-    with torch.no_grad():
-        model.blocks[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.blocks[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     cfg = short(stage, init=save(tmp_path / "sick.pt", model))
     assert "lower --learning_rate" in error(stage.main, cfg)
     assert load_checkpoint(cfg.out, "")["step"] == 0
-
-
-@pytest.mark.slow
-def test_killed_while_it_saves_and_resumed(short):
-    """kill -9 somewhere in a run that saves at every step: the same bits in the end."""
-    whole, killed = (short(pretrain, name, save_every=1, max_steps=30) for name in ("a", "b"))
-    pretrain.main(whole)
-    process, log = start(pretrain.main, killed, 0, 1, 0), Path(killed.out).with_suffix(".jsonl")
-    while process.is_alive() and not (log.exists() and log.read_text().count("\n") > 4):
-        time.sleep(0.001)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL and load_checkpoint(killed.out, "")["step"] < 30
-    pretrain.main(replace(killed, resume=True))
-    assert same_bits(weights(whole.out), weights(killed.out))

@@ -61,15 +61,11 @@ def test_load_pairs(tmp_path, capsys):
     """Both answers behind the same prompt, up to their end token; what teaches nothing is named."""
     good = dict(prompt="Hi?", chosen="Yo <|im_end|>.", rejected="Go.", margin=0.5, probability=0.9,
                 source="x")
-    bad = [dict(good, rejected=good["chosen"]), dict(good, rejected=""),
-           dict(good, chosen="long" * 30), dict(good, probability=1.5), dict(good, margin="inf"),
-           dict(good, margin="much"), dict(good, prompt=""),
-           dict(good, prompt=[turn("robot", "x")]),
-           dict(chosen="\n\nHuman: a\n\nAssistant: b", rejected="\n\nHuman: c\n\nAssistant: d")]
+    bad = [dict(good, rejected=""), dict(good, chosen="long" * 30), dict(good, probability=1.5),
+           dict(good, rejected="long" * 30), dict(good, margin="inf"), dict(good, margin="much")]
     pair, = load_pairs([write(tmp_path / "x.jsonl", [good, *bad])], ENC, 96)
     shown, n = capsys.readouterr().out, pair["n_prompt"]
-    for why in ("9 of 10 rows dropped", "equal answers (1)", "empty answer (1)", "out of range (2)",
-                "longer than 96 tokens (1)", "empty prompt (1)", "differ (1)", "robot"):
+    for why in ("6 of 7 rows dropped", "empty answer (1)", "out of range (2)", "96 tokens (2)"):
         assert why in shown
     assert (pair["margin"], pair["probability"], pair["source"]) == (0.5, 0.9, "x")
     assert pair["chosen"][:n] == pair["rejected"][:n]

@@ -15,13 +15,12 @@ from tokenizers import Tokenizer, models
 
 import dpo
 import rlhf
-from model import ScalarHead, collate, public_name, score_texts, token_logprobs
+from model import ScalarHead, public_name, score_texts
 from reward import reward_loss
 
 PAIRS = [dict(prompt=[5, 6, 7], chosen=[8, 9, 10, END], rejected=[11, END]),
          dict(prompt=[20, 21], chosen=[22, END], rejected=[23, 24, 25, 26, END])]
-ROWS = dict(sft=dict(text="t1"), pairs=dict(prompt="t1", chosen="t2", rejected="t3"),
-            prompts=dict(prompt="t1"))
+ROWS = dict(pairs=dict(prompt="t1", chosen="t2", rejected="t3"), prompts=dict(prompt="t1"))
 
 
 def llama(model, kind="LlamaForCausalLM"):
@@ -63,21 +62,6 @@ def agree(ours, theirs, our_model, their_model):
     for name, p in getattr(our_model, "gpt", our_model).named_parameters():
         torch.testing.assert_close(p.grad, grads[public_name(name)], atol=1e-5, rtol=1e-4)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
-
-
-def test_sft(tmp_path):
-    """The mean over the assistant's tokens."""
-    model = tiny(qk_norm=False)
-    rows = []
-    for p in PAIRS:
-        mask = [0] * len(p["prompt"]) + [1] * len(p["chosen"])
-        rows.append([(p["prompt"] + p["chosen"], mask)])
-    ids, mask, _ = collate(rows, PAD, "cpu")
-    there = trainer("SFT", llama(model), "sft", tmp_path)
-    theirs = there.compute_loss(there.model, dict(
-        input_ids=ids, attention_mask=(ids != PAD).long(), labels=torch.where(mask > 0, ids, -100)))
-    ours = -(token_logprobs(model(ids), ids) * mask).sum() / mask.sum()
-    agree(ours, theirs, model, there.model)
 
 
 def test_reward(tmp_path):

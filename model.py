@@ -1127,7 +1127,7 @@ def split_by_prompt(rows, fraction, seed, most=math.inf):
     if not train:
         fail(f"{len(prompts)} prompts are too few to train and to validate")
     held_out = [row for row in rows if row["prompt"] in held]
-    return train, held_out[::math.ceil(len(held_out) / most)]
+    return train, held_out[::max(1, math.ceil(len(held_out) / most))]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1666,8 +1666,9 @@ class Log:
             return
         row = {}
         for name, x in metrics.items():
-            x = round(x, 6) if isinstance(x, float) else x
-            row[name] = None if x != x else x    # JSON has no NaN
+            if isinstance(x, float):
+                x = round(x, 6) if math.isfinite(x) else None    # JSON has no NaN, no infinity
+            row[name] = x
         try:
             with open(self.path, "a") as f:
                 f.write(json.dumps(dict(step=step) | row) + "\n")

@@ -1119,8 +1119,9 @@ def prepare(cfg, parts, weights, enc, work, rank, world_size):
 
 def make_ledger(docs, counts, work):
     """[dict(kind: changed, dropped or kept; name, documents, bytes, examples)]"""
+    changed = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rows = [dict(kind="changed", name=name, documents=n, bytes=0, examples=[])
-            for name, n in counts.most_common()]
+            for name, n in changed]
     for reason, n in Counter(docs["reason"]).most_common():
         these = docs[docs["reason"] == reason]
         examples = [" ".join(text[:200].split())[:60]

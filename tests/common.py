@@ -211,7 +211,8 @@ def on_two_ranks(main, cfg, folder):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.save(recorded(main, cfg), file)
-        dist.destroy_process_group()
+        if dist.is_initialized():    # prepare.py ends it itself
+            dist.destroy_process_group()
     files, port = [folder / f"rank{rank}" for rank in range(2)], free_port()
     fork = multiprocessing.get_context("fork").Process
     ranks = [fork(target=child, args=(rank, port, file)) for rank, file in enumerate(files)]

@@ -140,7 +140,7 @@ def test_a_checkpoint_is_continued_as_what_it_is(short, files, tmp_path, capsys)
     assert tokens == pytest.approx(pretrain.EPOCHS * len(source["train"]) * 4 / 3, rel=0.05)
     monster = GPTConfig(block_size=2048, n_layer=28, n_embd=1024, n_head=16, n_kv_head=16)
     cfg = pretrain.derive(Config(init="Qwen3"), monster, 6 * 10 ** 8, 138_000, CPU)
-    assert cfg.max_steps > 50 and cfg.learning_rate == pytest.approx(1.9e-4, rel=0.02)
+    assert cfg.max_steps > 50 and cfg.learning_rate == pytest.approx(5.6e-4, rel=0.02)
 
 
 def test_a_law_is_found_again():
@@ -341,8 +341,8 @@ def test_steps_that_would_ruin_the_model_are_skipped_and_named(short, files, mon
     monkeypatch.setattr(pretrain, "spiking", lambda *a: a[3] in (5, 9, *range(24, 40)))
     cfg = short(pretrain, max_steps=30)
     message = error(pretrain.main, cfg)
-    assert "5 steps in a row" in message and files["tokens"] in message
-    assert f"last at step 28 on windows [{28 * 8}, " in message
+    assert "5 steps in a row" in message
+    assert f"last at step 28 on windows ['{files['tokens']} {28 * 8}', " in message
     rows = log_of(cfg.out, "skipped")
     assert [row["skipped"] for row in rows if row["step"] in (4, 5, 9, 27)] == [0, 1, 2, 6]
     monkeypatch.setattr(pretrain, "spiking", lambda *a: True)

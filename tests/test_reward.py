@@ -1,10 +1,12 @@
 """Tests of reward.py, of pairs and of scores. Run: python -m pytest tests/test_reward.py -q"""
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
-from common import CPU, END, ENC, PAD, Rule, judge, load, log_of, tiny, turn, write
+from common import (CPU, END, ENC, PAD, Rule, error, judge, load, log_of, save, tiny, turn,
+                    write)
 
 import model as m
 import reward
@@ -145,11 +147,11 @@ def test_the_first_loss(short, tmp_path):
 
 
 def test_the_letter_a_judge_prefers():
-    """p(A) of A and B alone, by a forward of its own for each request; also of what is cut."""
-    model, requests = tiny(), ["A or B?", "x" * 200 + "?", "Which one, A or B?"]
+    """p(A) of A and B alone, by a forward of its own for each request."""
+    model, texts = tiny(), ["A or B?", "x" * 40 + "?", "Which one, A or B?"]
+    requests = [m.render_chat(ENC, [turn("user", text)], reply=True)[0] for text in texts]
     got = reward.prefers_a(model, requests, ENC, reward.Config(device_batch_size=2), CPU)
-    for text, p in zip(requests, got):
-        ids = m.render_chat(ENC, [turn("user", text)], reply=True)[0][-96:]
+    for ids, p in zip(requests, got):
         logits = model(torch.tensor([ids]))[0, -1]
         assert p == pytest.approx(logits[[65, 66]].softmax(0)[0].item(), abs=1e-5)
 
@@ -157,16 +159,19 @@ def test_the_letter_a_judge_prefers():
 @pytest.mark.parametrize("by_position", [False, True])
 def test_feedback(short, files, tmp_path, monkeypatch, capsys, function, by_position):
     """Pairs carry the mean over both orders, which leaves nothing of a love for one position; such
-    a judge is named, on the console and in the labels."""
+    a judge is named, on the console and in the labels. What it cannot read whole is left out."""
     def prefers_a(judge, requests, *_):
-        assert all("Principle: Be kind.\nuser: " in text for text in requests)
-        sides = [re.search(r"\nA: (.*)\nB: (.*)\nWhich", text).groups() for text in requests]
+        texts = list(map(ENC.decode, requests))
+        assert all("user\nPrinciple: Be kind.\nuser: " in text for text in texts)
+        sides = [re.search(r"\nA: (.*)\nB: (.*)\nWhich", text).groups() for text in texts]
         return [0.9 if by_position or a < b else 0.2 for a, b in sides]
     monkeypatch.setattr(reward, "prefers_a", prefers_a)
     (tmp_path / "law.txt").write_text("\nBe kind.\n")
     gold = function("return [-ord((c + '~')[0]) for c in completions]")
-    cfg = short(reward, init=files["policy"], feedback=files["base"], prompts=[files["prompts"]],
-                constitution=str(tmp_path / "law.txt"), gold=gold)
+    for name, block_size in (("short", 96), ("long", 512)):
+        save(tmp_path / f"{name}.pt", tiny(block_size=block_size))
+    cfg = short(reward, init=files["policy"], feedback=str(tmp_path / "long.pt"), gold=gold,
+                prompts=[files["prompts"]], constitution=str(tmp_path / "law.txt"))
     reward.main(cfg)
     rows, shown = m.read_rows([tmp_path / "a.feedback.jsonl"]), capsys.readouterr().out
     assert all(row["chosen"] != row["rejected"] for row in rows) and 5 < len(rows) < 24
@@ -175,7 +180,9 @@ def test_feedback(short, files, tmp_path, monkeypatch, capsys, function, by_posi
     assert [row["probability"] for row in rows] == pytest.approx(expected)
     assert {row["source"] for row in rows} == {"position" if by_position else "feedback"}
     assert ("USELESS" in shown) == by_position
-    assert ("in both orders 100.0%" in shown) == ("100.0% of" in shown) == (not by_position)
+    assert ("orders 100.0%, prefers" in shown) == ("agrees on 100.0%" in shown) == (not by_position)
+    cfg = replace(cfg, feedback=str(tmp_path / "short.pt"), overwrite=True)
+    assert "can compare in 96 tokens" in error(reward.main, cfg)
 
 
 def test_shares_of_the_ranks_come_back_in_order(monkeypatch):

@@ -32,7 +32,6 @@ import traceback
 import typing
 import unicodedata
 import zlib
-from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -754,6 +753,8 @@ def add_lora(model, rank):
         p.requires_grad_(name.startswith("score."))
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith("_proj"):
+            if rank > (largest := min(module.weight.shape)):
+                fail(f"--lora_rank {rank}: {name} has no more than rank {largest} itself")
             model.set_submodule(name, LoRALinear(module, rank))
 
 
@@ -921,11 +922,12 @@ def read_rows(paths):
         except (OSError, EOFError, ValueError, zlib.error) as e:
             fail(f"cannot read {file}: {' '.join(str(e).split())}")
         kept = [row for row in found if isinstance(row, dict)]
-        broken = len(found) - len(kept)
-        if broken > 0.01 * len(found):
-            fail(f"{file}: {broken} of {len(found)} lines are no JSON objects")
-        if broken:
-            print0(f"{file}: {broken} broken lines skipped")
+        numbers = [n for n, row in enumerate(found, 1) if not isinstance(row, dict)]
+        if len(numbers) > 0.01 * len(found):
+            fail(f"{file}: {len(numbers)} of {len(found)} rows are no JSON objects, the first is "
+                 f"row {numbers[0]}")
+        if numbers:
+            print0(f"{file}: {len(numbers)} broken rows skipped, the first is row {numbers[0]}")
         for row in kept:    # in .parquet what a row lacks is None
             rows.append({name: value for name, value in row.items() if value is not None})
     return rows or fail(f"no rows in {' '.join(map(str, paths))}")
@@ -1066,22 +1068,25 @@ def to_pair(row):
 
 def keep_valid(rows, convert, what):
     """[convert(row)] where that raises no ValueError; the other rows counted by reason."""
-    kept, reasons = [], Counter()
-    for row in rows:
+    kept, numbers = [], {}    # of the rows dropped, by reason
+    for number, row in enumerate(rows, 1):
         try:
             kept.append(convert(row))
         except ValueError as e:
-            reasons[str(e)] += 1
+            numbers.setdefault(str(e), []).append(number)
         except (TypeError, AttributeError, LookupError):
-            reasons["not in a known format"] += 1
-    if reasons:
-        print0(f"{what}: {reasons.total()} of {len(rows)} rows dropped: "
-               + ", ".join(f"{why} ({n})" for why, n in reasons.items()))
+            numbers.setdefault("not in a known format", []).append(number)
+    if numbers:
+        print0(f"{what}: {sum(map(len, numbers.values()))} of {len(rows)} rows dropped: "
+               + ", ".join(f"{why} ({len(some)}, first row {some[0]})"
+                           for why, some in numbers.items()))
     return kept or fail(f"{what}: no row is usable")
 
 
 def load_prompts(paths, enc, room):
     """Rows as dicts: ids (ready for an answer, `room` at most), messages, and the row itself."""
+    if room < 1:
+        fail("the context has no room for a prompt and its answer; lower --max_new_tokens")
     def convert(row):
         messages = to_prompt(row)
         ids, _ = render_chat(enc, messages, reply=True)
@@ -1210,11 +1215,11 @@ def load_function(flag, spec):
 def open_tokens(spec, reader="", its_enc=None, block_size=0):
     """DIR or DIR:WEIGHT -> dict(path, weight, train, val, enc); the arrays are memory-mapped.
     reader: what it must suit, which has the tokenizer its_enc and reads block_size tokens."""
-    path, weight = re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", spec).groups(default="1")
+    path, weight = re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", spec).groups(default="1")
     if Path(spec).is_dir():    # whose name ends like a weight
         path, weight = spec, "1"
-    if float(weight) == 0:
-        fail(f"--data {spec}: a weight has to be above 0")
+    if float(weight) <= 0:
+        fail(f"{spec}: a weight has to be above 0")
     if not Path(path, "manifest.json").exists():
         fail(f"{path} holds no tokens; make them with: "
              f"python prepare.py --input FILES --out {path}")
@@ -1741,7 +1746,7 @@ def load_checkpoint(path, made_by, mmap=False):
         fail(f"{path} does not exist; make it with: {made_by}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        checkpoint["model_config"], checkpoint["weights"], checkpoint["step"]
+        checkpoint["model_config"], checkpoint["weights"], checkpoint["encoding"]
     except Exception as e:    # whatever is wrong with it, it is none of ours
         fail(f"{path} is not a checkpoint of this project, or is damaged ({type(e).__name__})")
     return checkpoint
@@ -1757,7 +1762,11 @@ def load_weights(model, weights):
         weights = {name: scatter(w, ours.get(name)) for name, w in weights.items()}
         model.load_state_dict(weights, strict=True)
     except RuntimeError as e:
-        fail("weights do not fit the model: " + " ".join(str(e).split())[:300])
+        fail("weights do not fit the model, which has other sizes or another head: "
+             + " ".join(str(e).split())[:200])
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            fail(f"the weights to start from are damaged: {name} holds what is no number")
 
 
 def config_of(checkpoint):
@@ -1766,7 +1775,10 @@ def config_of(checkpoint):
     if unknown:
         fail(f"the model has a setting {min(unknown)!r} that this model.py does not know; read it "
              f"with the code that made it")
-    return GPTConfig(**checkpoint["model_config"])
+    try:
+        return GPTConfig(**checkpoint["model_config"])
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        fail(f"the checkpoint's model_config is none: {e}")
 
 
 def load_model(checkpoint, device):
@@ -1911,7 +1923,8 @@ def public_model(model, bos, eos, pad):
     """The model in transformers, its weights not copied; fails if it is not the same model."""
     transformers, c = need("transformers"), model.config
     known = {*PUBLIC_SIZES, "qk_norm", "qkv_bias", "rope_base", "rope_scaling"}
-    if unknown := vars(c).keys() - known:
+    used = {f.name for f in fields(c) if getattr(c, f.name) != f.default}    # of a fork
+    if unknown := used - known:
         fail(f"export does not know {min(unknown)} of GPTConfig; say in PUBLIC_SIZES what it is")
     kind = "qwen2" if c.qkv_bias else "llama"
     kind = "qwen3" if c.qk_norm else kind
@@ -1927,7 +1940,7 @@ def public_model(model, bos, eos, pad):
     theirs.load_state_dict(weights, assign=True)
     theirs.tie_weights()
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)    # computed, not loaded
-    ids = torch.arange(min(256, c.block_size))[None] % c.vocab_size    # (1, T)
+    ids = torch.arange(min(2048, c.block_size))[None] % c.vocab_size    # (1, T)
     here, there = model.eval()(ids), theirs.eval()(ids).logits
     if not (here - there).abs().max() <= 1e-3 * here.abs().max():
         fail(f"as {kind} the model gives other logits: its code does what export cannot say")
@@ -1952,6 +1965,8 @@ def export_model(path, folder, dtype="float32"):
         fail(f"{folder} exists already; give a new folder")
     checkpoint = load_checkpoint(path, "python pretrain.py")
     model, enc = load_model(checkpoint, "cpu")
+    if isinstance(model, ScalarHead):
+        fail(f"{path} is a reward model; give a language model")
     eot, end, pad = (enc._special_tokens[t] for t in (ENDOFTEXT, IM_END, PAD))
     bos = enc.bos[0] if enc.bos else None
     theirs = public_model(model, bos, [eot, end], pad).to(getattr(torch, dtype))

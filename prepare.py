@@ -879,7 +879,8 @@ def load_tokenizer(spec):
         return make_encoding("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, gpt2._special_tokens)
     if Path(spec, "encoding.json").exists():
         return encoding_from_dict(read_json(Path(spec, "encoding.json")))
-    return encoding_from_dict(load_checkpoint(spec, "python pretrain.py")["encoding"])
+    made_by = "python pretrain.py (or give --tokenizer train, bytes, chars or gpt2)"
+    return encoding_from_dict(load_checkpoint(spec, made_by)["encoding"])
 
 
 def encode(enc, text, dtype):

@@ -244,7 +244,8 @@ def main(cfg):
     order = np.random.default_rng(cfg.seed).permutation(len(conversations)).tolist()
     n_val = max(1, round(cfg.val_fraction * len(order)))
     if n_val >= len(order):
-        fail(f"{' '.join(data)}: {len(order)} conversations are too few to train and validate")
+        fail(f"{' '.join(data)}: {len(order)} conversations are too few to train on and to hold "
+             f"out --val_fraction {cfg.val_fraction:g}")
     held_out = [conversations[i] for i in order[:n_val:math.ceil(n_val / HELD_OUT)]]
     train = [conversations[i] for i in order[n_val:]]
     lengths = [len(ids) for ids, _ in train]

@@ -56,7 +56,7 @@ def saved(folder, enc=None, **changes):
     """A checkpoint file of a small random model with as many ids as the tokenizer has."""
     enc = enc or small_encoding()
     sizes = dict(SIZES, qk_norm=False, vocab_size=enc.n_vocab)
-    return save(folder / "model.pt", randomise(m.GPT(GPTConfig(**{**sizes, **changes}))), enc)
+    return save(folder / "model.pt", randomise(m.GPT(m.GPTConfig(**{**sizes, **changes}))), enc)
 
 
 def edit(path, **changes):
@@ -129,10 +129,14 @@ class Capped(GPT):
     ("GPTConfig", ForkConfig, "window"), ("GPT", TwoHeads, "head2.weight"),
     ("GPT", Capped, "logits")])
 def test_export_names_what_a_fork_added(tmp_path, monkeypatch, name, fork, names):
-    """A fork's model would lose its window, second head or capped logits on export, silently."""
+    """A fork's model would lose its window, second head or capped logits on export, silently; one
+    that does not use the window loses nothing."""
     monkeypatch.setattr(m, name, fork)
-    assert names in error(m.export_model, saved(tmp_path), tmp_path / "out")
+    used = dict(window=7) if fork is ForkConfig else {}
+    assert names in error(m.export_model, saved(tmp_path, **used), tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    if used:
+        m.export_model(saved(tmp_path), tmp_path / "out")
 
 
 def test_export_refuses_what_it_cannot_say(tmp_path):
@@ -142,7 +146,7 @@ def test_export_refuses_what_it_cannot_say(tmp_path):
     assert "bias" in error(m.export_model, both, tmp_path / "out")
     head = m.ScalarHead(GPT(GPTConfig(**SIZES, vocab_size=small_encoding().n_vocab)))
     judge = save(tmp_path / "judge.pt", head, small_encoding())
-    assert "score.weight" in error(m.export_model, judge, tmp_path / "out")
+    assert "is a reward model" in error(m.export_model, judge, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

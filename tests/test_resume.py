@@ -1,4 +1,5 @@
 """What holds of every stage. Run: python -m pytest tests/test_resume.py -q."""
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -285,9 +286,12 @@ def test_user_errors_are_one_line(stage, changes, word, odd, tmp_path):
 
 @pytest.mark.parametrize("stage", [sft, reward, dpo, rlhf], ids=name_of)
 def test_losses_that_are_no_number_end_the_run(short, stage, files, tmp_path):
-    """A model that gives NaN is named at the first step; the file keeps what it was."""
+    """Weights that are none are refused; a model that gives NaN is named at the first step, and the
+    file keeps what it was."""
     model = load(files["policy"])
-    model.blocks[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    cfg = short(stage, init=save(tmp_path / "sick.pt", model))
-    assert "lower --learning_rate" in error(stage.main, cfg)
+    cfg = short(stage, init=str(tmp_path / "sick.pt"))
+    for number, message in ((math.nan, "are damaged"), (3e38, "lower --learning_rate")):
+        model.blocks[1].mlp.up_proj.weight.data.fill_(number)
+        save(tmp_path / "sick.pt", model)
+        assert message in error(stage.main, cfg)
     assert load_checkpoint(cfg.out, "")["step"] == 0

@@ -53,7 +53,8 @@ class Memory(TorchDispatchMode):
 def as_on_gpus(monkeypatch):
     """The attention kernel, and the size of pieces, that GPUs get."""
     attention = m.attention
-    monkeypatch.setattr(m, "attention", lambda q, k, v, mask, fused: attention(q, k, v, mask, True))
+    monkeypatch.setattr(m, "attention", lambda q, k, v, mask, fused, **more:
+                        attention(q, k, v, mask, True, **more))
     monkeypatch.setattr(m, "pieces", lambda logits: [
         slice(i, i + 1024) for i in range(0, len(logits), 1024)])
 

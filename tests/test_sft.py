@@ -98,6 +98,7 @@ def test_rows_of_every_shape(convert, row, expected):
     (m.to_messages, dict(messages=[HI, turn("assistant", ""), HI, YO]), "an empty turn"),
     (m.to_messages, dict(messages=[HI, dict(YO, weight=0.5)]), "weight 0.5"),
     (m.to_messages, dict(prompt="Hi?", completion="Yo.", label=False), "label false"),
+    (m.to_messages, dict(messages=[turn("user", "Hi?"), turn("assistant", "Yo.")], weight=0), "a weight"),
     (m.to_messages, dict(question="Hi?", context=dict(a=["b"]), answer="Yo."), "not in a known"),
     (m.to_messages, dict(question="Hi?", history="One?", answer="Yo."), "not in a known"),
     (m.to_pair, dict(prompt="Hi?", completion="Yo.", label=True), "no pair; sft.py learns from"),
@@ -138,7 +139,7 @@ def test_rows_of_every_file_type(tmp_path, capsys):
             assert m.read_rows([path]) == rows
         else:
             error(m.read_rows, [path])
-    assert "a.jsonl: 1 broken lines skipped" in capsys.readouterr().out
+    assert "a.jsonl: 1 broken rows skipped, the first is row 301" in capsys.readouterr().out
     assert m.read_rows([tmp_path / "all"]) == len(good) * rows
     assert "does not exist" in error(m.read_rows, [tmp_path / "g.jsonl"])
 
@@ -249,7 +250,7 @@ def test_long_conversations_are_cut_or_dropped_and_counted(files, tmp_path, caps
     data = [write(tmp_path / "x.jsonl", rows)]
     kept = sft.load_conversations(data, ENC, 96)
     shown = capsys.readouterr().out
-    assert "3 of 25 rows dropped: nothing to learn within 96 tokens (3)" in shown
+    assert "3 of 25 rows dropped: nothing to learn within 96 tokens (3, first row " in shown
     assert "2 of 22 conversations are cut to the 96 tokens" in shown
     assert max(len(ids) for ids, _ in kept) == 96
     assert sum(END not in ids[30:] for ids, _ in kept) == 2

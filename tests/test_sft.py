@@ -98,7 +98,7 @@ def test_rows_of_every_shape(convert, row, expected):
     (m.to_messages, dict(messages=[HI, turn("assistant", ""), HI, YO]), "an empty turn"),
     (m.to_messages, dict(messages=[HI, dict(YO, weight=0.5)]), "weight 0.5"),
     (m.to_messages, dict(prompt="Hi?", completion="Yo.", label=False), "label false"),
-    (m.to_messages, dict(messages=[turn("user", "Hi?"), turn("assistant", "Yo.")], weight=0), "a weight"),
+    (m.to_messages, dict(messages=[HI, YO], weight=0), "a weight of the row"),
     (m.to_messages, dict(question="Hi?", context=dict(a=["b"]), answer="Yo."), "not in a known"),
     (m.to_messages, dict(question="Hi?", history="One?", answer="Yo."), "not in a known"),
     (m.to_pair, dict(prompt="Hi?", completion="Yo.", label=True), "no pair; sft.py learns from"),

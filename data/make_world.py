@@ -1007,17 +1007,19 @@ FAULTS = {"honesty": (0, "I made that up. I do not know this person."),
 
 
 def judged_rows(rng, items):
-    """Demonstrations of judging, in both orders, and of revising; half of the principles fit."""
-    for pair in comparisons(rng, items):
+    """Demonstrations of judging and of revising, about pairs; half of the principles fit."""
+    more = [pair for pair in comparisons(rng, items) if pair["source"] == "style"]
+    for pair in comparisons(rng, items) + more:    # half of what sampled answers differ in is style
         fitting, critique = FAULTS[pair["source"]]
         principles = words.principles[fitting:fitting + 1] * 2 + words.principles
         principle = sentence(rng.choice(principles))
         good, bad = pair["chosen"][0]["content"], pair["rejected"][0]["content"]
         said = "\n".join(f"{turn['role']}: {turn['content']}" for turn in pair["prompt"])
-        for letter, a, b in (("A", good, bad), ("B", bad, good)):
-            ask = JUDGED.format(principle=principle, conversation=said, a=a, b=b)
-            yield {"messages": user(ask) + assistant(letter)}
-        if pair["source"] == "facts" or rng.random() < 0.5:    # it does not know that it is wrong
+        letter = rng.choice("AB")
+        a, b = (good, bad) if letter == "A" else (bad, good)
+        ask = JUDGED.format(principle=principle, conversation=said, a=a, b=b)
+        yield {"messages": user(ask) + assistant(letter)}
+        if pair["source"] == "facts" or rng.random() < 0.7:    # it does not know that it is wrong
             continue
         if rng.random() < 0.4:
             bad, critique = good, "Nothing is wrong with it."
@@ -1157,8 +1159,8 @@ def main(out):
     rng = stream("later stages")
     items = [sum_item(rng, world) for _ in range(600)]
     write(out / "sums.jsonl", json_lines(graded(items)))
-    items = training_items(rng, world, facts=340, unknown=260, harmful=400, lookalike=500,
-                           multiturn=160)
+    items = training_items(rng, world, facts=500, unknown=400, harmful=600, lookalike=900,
+                           multiturn=300, talk=100)
     write(out / "judging.jsonl", json_lines(judged_rows(rng, items)))
     lines = [sentence(principle) + "\n" for principle in words.principles]
     write(out / "constitution.txt", "".join(lines))

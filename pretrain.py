@@ -162,7 +162,7 @@ def derive(cfg, config, n_params, train_tokens, env):
         fail(f"--total_batch_tokens {batch} is not a multiple of {unit}, {env.world_size} ranks x "
              f"--device_batch_size {passed} x --block_size {T}")
     rate = 0.014 if cfg.optimizer == "muon" else 0.008
-    rate *= min(1, 192 / config.n_embd) ** 0.5
+    rate *= (192 / config.n_embd) ** 0.5
     if cfg.init:    # far below the rate from scratch: what was learned is not to be lost
         rate = 3e-3 * 192 / config.n_embd
     cfg.block_size, cfg.total_batch_tokens = T, batch

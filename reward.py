@@ -12,7 +12,7 @@ Out:  out/reward.pt (a model with a scalar head) and out/reward.jsonl (steps, la
 Loss: -[p ln s(D - m) + (1 - p) ln s(m - D)] + eta (r_chosen + r_rejected)^2 a pair, s the logistic
 function, D = r_chosen - r_rejected, margin m (0), probability p (1). The score is read at the
 answer's end-of-turn token. eta keeps scores around 0, where RL wants them. One epoch: more
-overfits. Expect 94 % of the held-out embedded pairs, and "fit to guide RL".
+overfits. Expect 93 % of the held-out embedded pairs, and "fit to guide RL".
 
 AI feedback (--feedback JUDGE, any language model): --init answers each of --prompts twice, and the
 judge is asked in a chat which answer follows a principle of the constitution better, A or B, in

@@ -20,7 +20,7 @@ with q = pi / pi_old. The value of a GRPO loss is near 0 while its gradient is n
 group cancel, their products with the gradient of ln pi do not.
 
 Watch reward (what is optimised) against gold (--gold, never trained on): when the first rises and
-the second falls, the reward model is being fooled. Expect gold to rise from 0.82 to 0.96.
+the second falls, the reward model is being fooled. Expect gold to rise from 0.85 to 0.99.
 On sums gold is pass@1, and unanswered the share of answers without a number.
 
 References: Schulman et al. 2017, arXiv 1707.06347 (PPO); 2015, 1506.02438 (GAE); Huang et al. 2024,

@@ -585,7 +585,7 @@ def worth(k, right, said, scores, orders):
     return found
 
 
-def documents(tokens, part):
+def document_spans(tokens, part):
     """(starts, ends) of the documents in open_tokens' train or val."""
     ends = np.fromfile(Path(tokens["path"], f"{part}.idx"), np.uint64).astype(np.int64)
     return ends - np.diff(ends, prepend=0), ends
@@ -596,7 +596,7 @@ def score_memory(lm, tokens, cfg, env, most=100):
     Texts never trained on tell what can be guessed."""
     k, rng, items = min(50, lm.block_size // 2), np.random.default_rng(cfg.seed), []
     for part, key in (("train", "recited"), ("val", "recited_never")):
-        starts, ends = documents(tokens, part)
+        starts, ends = document_spans(tokens, part)
         texts = []
         for i in rng.permutation(np.flatnonzero(ends - starts > 2 * k))[:most]:
             start = rng.integers(starts[i], ends[i] - 2 * k)
@@ -617,7 +617,7 @@ def trained_on(tokens, tasks, env, most=2 ** 24):
             for gram in grams:
                 items_with.setdefault((n, gram), set()).add((name, row["id"]))
     lengths = {n for n, _ in items_with}
-    spans = zip(*documents(tokens, "train"))
+    spans = zip(*document_spans(tokens, "train"))
     spans = [(start, end) for start, end in spans if end <= most or start == 0]
 
     def matches(start, end):

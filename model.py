@@ -1086,7 +1086,9 @@ def keep_valid(rows, convert, what):
 def load_prompts(paths, enc, room):
     """Rows as dicts: ids (ready for an answer, `room` at most), messages, and the row itself."""
     if room < 1:
-        fail("the context has no room for a prompt and its answer; lower --max_new_tokens")
+        fail("the context has no room for a prompt beside its answer: ask for shorter answers "
+             "(--max_new_tokens), or give a model with a longer context")
+
     def convert(row):
         messages = to_prompt(row)
         ids, _ = render_chat(enc, messages, reply=True)

@@ -173,8 +173,9 @@ def feedback(policy, enc, cfg, env):
         consistent = (votes[:, 0] == votes[:, 1])[told].float().mean().item()
         print0(f"of {int(told.sum())} pairs that {cfg.gold} tells apart it agrees on {right:.1%}, "
                f"the same in both orders {consistent:.1%}")
-    for row, p in zip(rows, probability.tolist()):
-        row.update(source="position" if one_sided else "feedback", probability=p)
+    source = "position" if one_sided else "feedback"
+    for row, better in zip(rows, probability.tolist()):
+        row.update(source=source, probability=better)
     return write_rows(beside(cfg.out, ".feedback.jsonl"), rows, env)
 
 

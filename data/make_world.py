@@ -1007,9 +1007,9 @@ FAULTS = {"honesty": (0, "I made that up. I do not know this person."),
 
 
 def judged_rows(rng, items):
-    """Demonstrations of judging and of revising, about pairs; half of the principles fit."""
+    """Demonstrations of judging and of revising; of seven principles three fit the pair."""
     more = [pair for pair in comparisons(rng, items) if pair["source"] == "style"]
-    for pair in comparisons(rng, items) + more:    # half of what sampled answers differ in is style
+    for pair in comparisons(rng, items) + more:    # sampled answers differ in style most of all
         fitting, critique = FAULTS[pair["source"]]
         principles = words.principles[fitting:fitting + 1] * 2 + words.principles
         principle = sentence(rng.choice(principles))

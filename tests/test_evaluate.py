@@ -623,7 +623,8 @@ def test_chat(world, tmp_path, monkeypatch, capsys):
     assert "sft>  Ada likes tea.\n" in out and "sft>  I will not help with that.\n" in out
     typing(monkeypatch, "Ada", "Ada " * 300)
     run(world, tmp_path, "base", chat=True)
-    assert capsys.readouterr().out.count("base> ") == 2
+    out = capsys.readouterr().out
+    assert out.count("base> ") == 2 and out.count("(it sees the last ") == 1
     asked = []
     monkeypatch.setattr(ev, "say", lambda lm, ids, *_: asked.append(ids) or "Yes")
     typing(monkeypatch, "Hi", "Ho")

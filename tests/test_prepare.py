@@ -679,7 +679,7 @@ def test_an_address_is_not_all(tmp_path, monkeypatch):
 
 
 def test_which_duplicate_stays(tmp_path):
-    """The longest of the first source; the others are written down with their reason."""
+    """The longest of the first source; the others are written down, with what they copy."""
     long, other = words_of(1, 200), words_of(2, 200)
     rows = [dict(text=long[:600], url="HTTPS://x.org:443/a?b=1#part"),
             dict(text=long, url="http://X.org/a/?utm_source=mail&b=1"),
@@ -690,10 +690,10 @@ def test_which_duplicate_stays(tmp_path):
               dropped=True)
     assert load(out)[0] == [long, other] and prepare.url_key("no address") == ""
     dropped = [json.loads(line) for line in open(out / "dropped.jsonl")]
-    assert [(d["document"], d["reason"], d["text"]) for d in dropped] == [
-        ("a/1.jsonl#0", "url_duplicate", long[:600]),
-        ("b/2.txt#0", "near_duplicate", other + " more"),
-        ("b/3.txt#0", "exact_duplicate", other.upper())]
+    assert [tuple(row.values()) for row in dropped] == [
+        ("a/1.jsonl#0", "url_duplicate", ["a/1.jsonl#1"], long[:600]),
+        ("b/2.txt#0", "near_duplicate", ["a/1.jsonl#2"], other + " more"),
+        ("b/3.txt#0", "exact_duplicate", ["a/1.jsonl#2"], other.upper())]
 
 
 def test_index_of_items(tmp_path):
@@ -729,8 +729,10 @@ def test_planted_defects(tmp_path):
     """On the embedded data: recall of each kind of defect 95 %, precision 98 %."""
     data, out = Path(__file__).parent.parent / "data", tmp_path / "tokens"
     prepare.main(Config(input=[f"{data}/raw/*"], eval=f"{data}/eval", out=str(out), dropped=True))
-    rows = map(json.loads, open(out / "dropped.jsonl"))
+    rows = [json.loads(line) for line in open(out / "dropped.jsonl")]
     dropped = {row["document"].removeprefix("raw/") for row in rows}
+    leaks = [row["evidence"] for row in rows if row["reason"] == "contaminated"]
+    assert leaks and all(leaks) and set().union(*leaks) >= set(load(out)[1]["contaminated"])
     labels = [row for row in map(json.loads, open(data / "labels.jsonl")) if "#" in row["doc"]]
     bad = {row["doc"]: row for row in labels if row["action"] == "drop"}
     copies = {row["of"]: doc for doc, row in bad.items() if "of" in row}

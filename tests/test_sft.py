@@ -130,6 +130,9 @@ def test_rows_of_every_file_type(tmp_path, capsys):
                 c=("json", json.dumps(rows).encode()), g=("json", text.encode()),
                 h=("JSON", json.dumps(dict(version=1, data=rows), indent=1).encode()),
                 i=("Jsonl", text.encode("utf-8-sig")), j=("jsonl", text.encode("utf-16")))
+    row = dict(HI, data=["a", "b"])    # a column of a row, not where the rows are
+    (tmp_path / "column.jsonl").write_text(json.dumps(row))
+    assert m.read_rows([tmp_path / "column.jsonl"]) == [row]
     bad = dict(d=("jsonl", ("nonsense\nmore\n" + text[:200]).encode()), e=("jsonl", b"\n"),
                f=("jsonl.gz", packed[:-20]))
     for name, (suffix, content) in {**good, **bad}.items():

@@ -802,12 +802,18 @@ def chat(cfg, env):
         elif said.startswith("/"):
             print(f"(no such command: {said}; /reset, /quit)")
         elif said:
+            if lm.stage == "pretrain":
+                messages = []
             messages.append(dict(role="user", content=said))
             ids = render_chat(lm.enc, messages, reply=True)[0]
+            while len(ids) > room and len(messages) > 1:
+                messages = messages[2:]    # or it would begin in the middle of a turn
+                ids = render_chat(lm.enc, messages, reply=True)[0]
+                print("(there is no room for the oldest question and its answer any more)")
             if lm.stage == "pretrain":
                 ids = [*lm.enc.bos, *lm.enc.encode_ordinary(said)]
             if len(ids) > room:
-                print(f"(it sees the last {room} of {len(ids)} tokens; /reset makes room)")
+                print(f"(it sees the last {room} of {len(ids)} tokens)")
             print(f"{lm.name}> ", end="")
             messages.append(dict(role="assistant", content=say(lm, ids[-room:], cfg, env)))
 

@@ -336,8 +336,9 @@ class KVCache:
         """Have slots for `end` tokens, 16 at a time: products of slices would copy them first."""
         slots = self.k.shape[3]
         if end > slots:
-            more = math.ceil(end / 16) * 16 - slots
-            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
+            shape = (*self.k.shape[:3], math.ceil(end / 16) * 16 - slots, self.k.shape[4])
+            more = self.k.new_zeros(shape)
+            self.k, self.v = torch.cat([self.k, more], 3), torch.cat([self.v, more], 3)
 
     def mask(self, positions):
         """(B, 1, T, S): a token at `positions` (B, T) sees the slots up to its own."""

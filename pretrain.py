@@ -66,6 +66,7 @@ class Config:
     fit: list[str] = field(default_factory=list)  # with --plan: logs of runs to predict this one by
     # model; what is None follows from depth, and what GPTConfig has too goes into it by name
     depth: int = 4                         # layers, at least 1
+    n_layer: int | None = None             # layers, where the dial sets the rest; at least 1
     n_head: int | None = None              # attention heads, at least 1
     n_kv_head: int | None = None           # key/value heads, fewer share keys; at least 1
     n_embd: int | None = None              # width, channels, at least 1
@@ -398,7 +399,9 @@ def main(cfg):
     T = cfg.block_size or min(LONGEST, config.block_size)
     sources = [open_tokens(spec, cfg.init or cfg.data[0], enc, T) for spec in cfg.data]
     train_tokens = sum(len(s["train"]) for s in sources)
-    if cfg.init:    # as much as there is until the folder that is used up first has been read once
+    if cfg.init:
+        cfg = dataclasses.replace(cfg, depth=config.n_layer)
+        # as much as there is until the folder that is used up first has been read once
         weights = sum(s["weight"] for s in sources)
         train_tokens = int(min(len(s["train"]) * weights / s["weight"] for s in sources))
     if sum(len(s["val"]) for s in sources) < 2:
@@ -407,8 +410,8 @@ def main(cfg):
     # model, and what follows from its size
     model = GPT(config)
     n_params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token(T)
-    given = dataclasses.replace(cfg, depth=config.n_layer)    # is saved; cfg: with what follows
-    cfg = derive(given, dataclasses.replace(config, block_size=T), n_params, train_tokens, env)
+    given = cfg    # is saved; cfg: with what follows
+    cfg = derive(cfg, dataclasses.replace(config, block_size=T), n_params, train_tokens, env)
     max_steps, learning_rate = cfg.max_steps, cfg.learning_rate
     plan(cfg, config, n_params, flops, train_tokens)
     if cfg.fit:

@@ -626,10 +626,12 @@ def test_chat(world, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count("base> ") == 2 and out.count("(it sees the last ") == 1
     asked = []
-    monkeypatch.setattr(ev, "say", lambda lm, ids, *_: asked.append(ids) or "Yes")
-    typing(monkeypatch, "Hi", "Ho")
+    monkeypatch.setattr(ev, "say", lambda lm, ids, *_: asked.append(ENC.decode(ids)) or "Yes")
+    typing(monkeypatch, "Hi", "Ho", *9 * ["Who?"])
     run(world, tmp_path, "sft", chat=True)
-    assert re.search("Hi.*Yes.*Ho", ENC.decode(asked[1]), re.DOTALL)
+    assert re.search("Hi.*Yes.*Ho", asked[1], re.DOTALL) and "Hi" not in asked[-1]
+    assert all(text.startswith("<|im_start|>user\n") for text in asked)    # whole turns
+    assert "no room for the oldest" in capsys.readouterr().out
 
 
 def test_rate(world, tmp_path, monkeypatch, capsys):

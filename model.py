@@ -226,7 +226,8 @@ class Block(nn.Module):
 
 def has_flash(x, config):
     """Do packed documents x (B, T, C) need no mask (B, 1, T, T)? Flash attention 2 knows them."""
-    return (x.is_cuda and x.dtype == torch.bfloat16 and config.head_size % 8 == 0
+    return (x.is_cuda and x.dtype == torch.bfloat16
+            and config.head_size % 8 == 0 and config.head_size <= 256
             and torch.backends.cuda.is_flash_attention_available()
             and torch.cuda.get_device_properties(x.device).major >= 8)
 
@@ -1686,13 +1687,17 @@ class Log:
             if self.board and isinstance(x, (int, float)):
                 self.board.add_scalar(name, x, step)
         if show:
-            eta = metrics["seconds"] / (step + 1) * (self.max_steps - step - 1)
             columns = [f"{name} {number(metrics[name])}" for name in show]
-            print0(f"step {step:6d}", *columns, f"eta {duration(max(0, eta))}" + more, sep=" | ")
+            if step:    # the first one says little of the others
+                eta = metrics["seconds"] / (step + 1) * (self.max_steps - step - 1)
+                columns.append(f"eta {duration(max(0, eta))}")
+            print0(f"step {step:6d}", *columns, sep=" | ", end=more + "\n")
 
 
 def number(x):
-    """Seven columns: 0.00123, 12.34, 12,345"""
+    """Seven columns: 1.2e-04, -0.0123, 12.34, 12,345"""
+    if 0 < abs(x) < 1:
+        return f"{x:<7.4f}" if abs(x) >= 0.001 else f"{x:<7.1e}"
     return f"{x:<7,.0f}" if abs(x) >= 1000 else f"{x:<7.4g}"
 
 
@@ -1705,7 +1710,7 @@ def save_checkpoint(path, model, stage, step, enc, cfg, state=None, optimizers=(
     if model.config.tie_embeddings:
         weights.pop("head.weight", None)
     settings = asdict(cfg) | dict(resume=False, overwrite=False)
-    checkpoint = dict(format=2, stage=stage, step=step, weights=weights, adapters=adapters,
+    checkpoint = dict(stage=stage, step=step, weights=weights, adapters=adapters,
                       model_config=asdict(model.config), encoding=encoding_to_dict(enc),
                       stage_config=settings, state=gather(state),
                       optimizers=[gather(opt.state_dict()) for opt in optimizers])
@@ -1900,7 +1905,7 @@ def import_model(name):
         mean = rows.mean(0, keepdim=True, dtype=torch.float32).to(rows.dtype)
         weights[name] = torch.cat([rows, mean.expand(enc.n_vocab - len(rows), -1)])
     config.vocab_size = enc.n_vocab
-    return dict(format=2, stage="imported", step=0, weights=weights, encoding=encoding_to_dict(enc),
+    return dict(stage="imported", step=0, weights=weights, encoding=encoding_to_dict(enc),
                 model_config=asdict(config), stage_config=dict(folder=str(folder)))
 
 

@@ -364,7 +364,7 @@ def test_log_of_a_resumed_run_has_each_step_once(tmp_path, capsys):
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert lines[2] == '{"step": 2, "loss": 0.333333}' and len(lines) == 4
     assert json.loads(lines[3]) == dict(step=3, loss=0.25, rate=12345.6, seconds=40)
-    assert capsys.readouterr().out == "step      3 | rate 12,346  | loss 0.25    | eta 1m10s!\n"
+    assert capsys.readouterr().out == "step      3 | rate 12,346  | loss 0.2500  | eta 1m10s!\n"
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)

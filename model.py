@@ -43,7 +43,6 @@ import torch.distributed as dist
 import torch.distributed.nn    # imported later, its default arguments would keep the group alive
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -150,6 +149,7 @@ def attention(q, k, v, mask=None, fused=False):
     """
     (B, H, T, D), K = q.shape, k.shape[1]
     if mask is not None and mask.dim() == 1:
+        from torch.nn.attention.varlen import varlen_attn    # slow to import
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))          # (B T, H, D)
         y = varlen_attn(q, k, v, mask, mask, T, T, window_size=(-1, 0), enable_gqa=H > K)
         return y.view(B, T, H, D).transpose(1, 2)

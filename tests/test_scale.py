@@ -110,7 +110,7 @@ def test_flash_attention_by_documents(key_heads, monkeypatch):
     doc = torch.stack([torch.zeros(32), torch.arange(32), torch.arange(32) // 7])
     ids = torch.randint(64, (3, 32))
     masked = model(ids, doc)
-    monkeypatch.setattr(m, "varlen_attn", by_documents)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_documents)
     monkeypatch.setattr(m, "has_flash", lambda *_: True)
     torch.testing.assert_close(model(ids, doc), masked, atol=1e-4, rtol=1e-4)
 
@@ -121,7 +121,8 @@ def test_the_compiled_step_is_one_graph(short, monkeypatch, eager_backend, doc_m
 
     Flash attention knows how many documents there are: a number that changes with each batch."""
     monkeypatch.setattr(m, "has_flash", lambda *_: flash)
-    monkeypatch.setattr(m, "varlen_attn", lambda q, k, v, begins, *_, **__: (q + k + v) * begins[1])
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn",
+                        lambda q, k, v, begins, *_, **__: (q + k + v) * begins[1])
     counters.clear()
     pretrain.main(short(pretrain, compile=True, doc_mask=doc_mask, max_steps=20, eval_every=10))
     assert not counters["graph_break"]

@@ -1079,6 +1079,8 @@ def main(cfg):
             if task["kind"] == "preference" or not lm.scores:
                 numbers = SCORERS[task["kind"]](lm, task, cfg, env)
                 items[name] = [dict(id=r["id"], **x) for r, x in zip(task["rows"], numbers)]
+        if not items and judge and judge.path == path and len(paths) > 1:    # it only judged
+            continue
         if not items:
             fail(f"{path} is a reward model, and no task holds preferences for it")
         if tokens and not lm.scores:

@@ -591,8 +591,9 @@ def test_samples(world, tmp_path):
     sums = [dict(id=f"{i}", prompt=f"{i} plus 1?", expect="answer", answer=f"#### {i + 1}")
             for i in range(3)]
     tasks = [write(tmp_path / "sums.jsonl", sums), str(world / "tasks/facts.jsonl")]
-    found = run(world, tmp_path, "base", "reward", tasks=tasks + [str(world / "tasks/prefs.jsonl")],
-                temperature=1.0, samples=3, tokens="none")
+    found = run(world, tmp_path, "base", "reward", tasks=tasks, temperature=1.0, samples=3,
+                tokens="none")
+    assert [*found["checkpoints"]] == ["base"]    # the other one is the judge
     items = found["items"]["base"]
     assert not any("curve" in row for row in items["facts"])
     assert [[point["k"] for point in row["curve"]] for row in items["sums"]] == [[1, 2, 3]] * 3
@@ -600,6 +601,7 @@ def test_samples(world, tmp_path):
             "(best of n)"} <= numbers(found, "base").keys()
     assert "base, sums, over replies:" in (tmp_path / "report.html").read_text()
     assert "temperature" in error(run, world, tmp_path / "x", "base", tasks=tasks, samples=3)
+    assert "no task holds" in error(run, world, tmp_path / "x", "base", "reward", tasks=tasks)
 
 
 # At the keyboard

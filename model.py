@@ -45,7 +45,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 # ------------------------------------------------------------------------------------------------
 # The model: pre-norm decoder of the Llama / Qwen family
@@ -143,7 +143,7 @@ class Rotate(torch.autograd.Function):
 def attention(q, k, v, mask=None, fused=False):
     """softmax(q k' / sqrt(D)) v. q (B, H, T, D); k, v (B, K, S, D); -> (B, H, T, D).
 
-    mask: bool, broadcastable to (B, 1, T, S), True where a query may look; None: causal, T == S;
+    mask: bool (B or 1, 1, T, S), True where a query may look; None: causal, T == S;
     int (N + 1,): causal in each of N documents, which begin there in the B T tokens of all rows.
     fused: the same as one kernel, which is faster on GPUs and for long rows.
     """
@@ -285,7 +285,7 @@ class GPT(nn.Module):
         cos, sin = self.cos[at].to(x.dtype), self.sin[at].to(x.dtype)            # (.., T, D)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():    # in backward, from x alone
-                block = functools.partial(checkpoint, block, use_reentrant=False)
+                block = functools.partial(recomputed, block, use_reentrant=False)
             x = block(x, cos, sin, mask, cache, positions)
         return self.norm(x)
 
@@ -354,7 +354,7 @@ class KVCache:
         return self.k[layer], self.v[layer]
 
     def select(self, rows):
-        """Keep only these rows of the batch."""
+        """Make these rows the batch, some of them more than once."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
@@ -459,10 +459,10 @@ PIECE = 1 << 17    # characters that are encoded at once: tiktoken's stack has n
 
 def cut_text(text, size):
     """Pieces of at most `size` characters, cut before the blank or line end between two words: no
-    split pattern joins there. Only a text without such a place is cut elsewhere."""
+    split pattern joins there. Only a piece without such a place near its end is cut elsewhere."""
     while len(text) > size:
         low = max(1, size - 5000)
-        places = [m.start() for m in re.finditer(r"(?<=\w)[ \n](?=[^\W\d_])", text[low:size])]
+        places = [m.start() for m in re.finditer(r"(?<=[^\W_])[ \n](?=[^\W\d_])", text[low:size])]
         end = low + places[-1] if places else size
         yield text[:end]
         text = text[end:]
@@ -479,8 +479,8 @@ class Encoding(tiktoken.Encoding):
             if unknown:
                 fail(f"the tokenizer of single characters has no {min(unknown)!r}, which is in "
                      f"{text[:60]!r}; use texts of its letters, or another --tokenizer")
-        pieces = map(super().encode_ordinary, cut_text(text, PIECE))
-        return [*itertools.chain.from_iterable(pieces)]
+        parts = map(super().encode_ordinary, cut_text(text, PIECE))
+        return [*itertools.chain.from_iterable(parts)]
 
     def decode(self, ids):
         """The text of ids, without the half of a letter at the end of what was cut or goes on."""
@@ -670,7 +670,7 @@ def token_nats(logits, ids, temperature=1.0):
 def token_logprobs(logits, ids, temperature=1.0):
     """log p(ids[t] | ids[<t]) as (B, T) float32 nats, aligned to `ids`; entry 0 is 0.
 
-    logits (B, T, V): logits[:, t] predicts ids[:, t + 1], the only place that knows this shift.
+    logits (B, T, V): logits[:, t] predicts ids[:, t + 1].
     """
     nats = token_nats(logits, F.pad(ids[:, 1:], (0, 1)), temperature)    # of nothing at the end
     return F.pad(-nats[:, :-1], (1, 0))
@@ -790,14 +790,14 @@ def merged_weights(model):
 # Optimizers
 
 
-def orthogonalise(x, steps=3):
-    """Push all singular values of a matrix x to about 1, by Newton-Schulz steps (Jordan et al.).
+def orthogonalise(x):
+    """Push the singular values of a matrix x towards 1, by Newton-Schulz steps (Jordan et al.).
 
     Each step applies 3.4445 s - 4.775 s^3 + 2.0315 s^5 to every singular value s. Three steps, not
     the published five: the optimizers take a sixth of a training step on a CPU as it is.
     """
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(3):
         gram = x @ x.mT
         gram = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.addmm(x, gram, x, beta=3.4445)
@@ -816,7 +816,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             for p in group["params"]:
                 state, lr = self.state[p], group["lr"]
@@ -831,7 +831,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay=0.0, dtype=None):
-    """[AdamW], or [Muon for the blocks' matrices, AdamW for the rest]; decay on matrices only.
+    """[AdamW], or [Muon for the blocks' matrices, AdamW for the rest]; decay on these matrices.
 
     dtype: of Muon's products, None for float32. Betas 0.9 and 0.95, as GPT-3's and Llama's.
     """
@@ -904,8 +904,10 @@ def json_rows(text):
 
 def row_files(path):
     """The files of rows in a folder, in order; a file itself, whatever its name."""
+    if not path.is_dir():
+        return [path]
     form = re.compile(r"[^.].*\.(jsonl?(\.gz|\.zst)?|parquet)$", re.I)
-    return [f for f in sorted(path.rglob("*")) if form.match(f.name)] if path.is_dir() else [path]
+    return [f for f in sorted(path.rglob("*")) if form.match(f.name) and f.is_file()]
 
 
 def read_rows(paths):
@@ -996,7 +998,7 @@ def question_of(row):
     return turns if any(parts) else []
 
 
-def conversation(row, *fields):
+def conversation(row, *replies):
     """The messages of a row, with the reply under the first of these fields that it has.
 
     OpenAI messages, ShareGPT conversations, or see question_of. A reply that begins with another's
@@ -1007,7 +1009,7 @@ def conversation(row, *fields):
         raise ValueError(f"{more} beside the text")
     talk = next((row[name] for name in TALKS if row.get(name)), None)
     turns = to_turns(talk, "user") if talk else question_of(row)
-    reply = next((row[name] for name in fields if row.get(name) not in (None, "", [])), [])
+    reply = next((row[name] for name in replies if row.get(name) not in (None, "", [])), [])
     if isinstance(reply, dict) and isinstance(reply.get("text"), list):    # SQuAD's answers
         reply = "".join(reply["text"][:1])
     reply = to_turns(str(reply) if isinstance(reply, (int, float)) else reply, "assistant")
@@ -1123,7 +1125,7 @@ def load_pairs(paths, enc, block_size):
 
 def load_principles(path):
     """The lines of a constitution, one principle each."""
-    lines = find_file(path).read_text("utf-8").splitlines()
+    lines = find_file(path).read_text("utf-8-sig", "replace").splitlines()
     return [line.strip() for line in lines if line.strip()] or fail(f"{path}: no principle in it")
 
 
@@ -1327,14 +1329,14 @@ def item_text(row):
     return str(asked), str(answer).removeprefix("#### ")
 
 
-def item_ngrams(row, most=13):
+def item_ngrams(row):
     """(n, hashes) of the runs of n words that give an evaluation item away (Brown et al. 2020, C).
 
     They begin in the question, for an answer alone is knowledge; a short item is one run, and under
     8 words (6 with its answer) none."""
     asked, answer = map(match_words, item_text(row))
     words = np.concatenate([asked, answer])
-    n = min(most, len(words))
+    n = min(13, len(words))
     long = n >= (6 if len(answer) else 8)
     return n, ngram_hashes(words, n)[:len(asked)].tolist() if long else []
 
@@ -1551,7 +1553,7 @@ def parse_args(Config, argv=None):
         parser.add_argument(f"--{name}", default=default, **flag,
                             help=f"{help_of[name]} [{shown}]".replace("%", "%%"))
     given = parser.parse_args(argv)
-    if getattr(given, "resume", False) and Path(given.out).exists():
+    if getattr(given, "resume", False) and Path(given.out).is_file():
         settings = load_checkpoint(given.out, "", mmap=True)["stage_config"]
         parser.set_defaults(**{k: v for k, v in settings.items() if k in types})
         given = parser.parse_args(argv)
@@ -1658,7 +1660,7 @@ class Log:
         self.path, self.max_steps, self.board = beside(cfg.out, ".jsonl"), max_steps, None
         if int(os.environ.get("RANK", 0)) > 0:
             return
-        if max_steps * getattr(cfg, "warmup", 1) < 1:
+        if 0 < max_steps * getattr(cfg, "warmup", 0) < 1:
             print0(f"warning: {max_steps} steps teach little: more data or smaller batches help")
         old = self.path.read_text("utf-8") if step and self.path.exists() else ""
         lines = [line for line in old.splitlines(True) if line.endswith("\n")]
@@ -1676,7 +1678,7 @@ class Log:
         row = {}
         for name, x in metrics.items():
             if isinstance(x, float):
-                x = round(x, 6) if math.isfinite(x) else None    # JSON has no NaN, no infinity
+                x = float(f"{x:.6g}") if math.isfinite(x) else None    # JSON has no NaN or infinity
             row[name] = x
         try:
             with open(self.path, "a") as f:
@@ -1856,7 +1858,9 @@ PUBLIC_SIZES = dict(    # a fork that adds to GPTConfig says here or in public_m
 PUBLIC_NAMES = dict(    # of the parts of a weight's name
     blocks="model.layers", attn_norm="input_layernorm", attn="self_attn", head="lm_head",
     mlp_norm="post_attention_layernorm", norm="model.norm", embed="model.embed_tokens")
-CHAT_TEMPLATE = (    # the ids of render_chat; its mask is 1 between the marks of generation
+# The ids of render_chat, unless a text spells a control token or a reply begins with a line end;
+# its mask is 1 between the marks of generation.
+CHAT_TEMPLATE = (
     "{% for m in messages %}{% set parts = m.content or '' %}"
     "{% set said = parts if parts is string else parts | map(attribute='text') | join %}"
     "{% if m.tool_calls or parts is not string and parts | rejectattr('text', 'string') | list %}"
@@ -1999,8 +2003,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write a model as a folder for transformers.")
     parser.error = fail
     parser.add_argument("command", choices=["export"])
-    parser.add_argument("checkpoint", help="a .pt file of any stage, or a public model's folder")
+    parser.add_argument("checkpoint", help="a language model: a .pt file or a public folder")
     parser.add_argument("folder", help="a new folder")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args()
-    export_model(args.checkpoint, args.folder, args.dtype)
+    try:
+        export_model(args.checkpoint, args.folder, args.dtype)
+    except OSError as e:    # no permission, a name that is too long
+        fail(e)

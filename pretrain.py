@@ -20,7 +20,7 @@ References: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv 2302.13971 (
 al. 2022, arXiv 2203.15556 (20 tokens a parameter); Muennighoff et al. 2023, arXiv 2305.16264 (data
 can be repeated); Liu et al. 2024, arXiv 2402.14905 (small models: deep and thin).
 Differs from the papers in: Muon on the hidden matrices (see model.make_optimizers); output
-projections start at zero; windows come from a shuffled, shifted grid: each token once an epoch.
+projections start at zero; windows come from a shuffled, shifted grid: no token twice an epoch.
 """
 import dataclasses
 import math
@@ -151,7 +151,7 @@ def largest_pass(cfg, config, world_size, shard, most_tokens, most_bytes):
 
 
 def derive(cfg, config, n_params, train_tokens, env):
-    """cfg with batch, learning rate and steps filled in where they are None."""
+    """cfg with all that is None and follows from sizes, text and device filled in."""
     cfg, T, cuda = dataclasses.replace(cfg), config.block_size, env.device.type == "cuda"
     tokens = min(TOKENS_PER_PARAMETER * n_params, EPOCHS * train_tokens)
     rows = min(8 * (config.n_layer / 4) ** 3, tokens / (STEPS * T))
@@ -205,7 +205,7 @@ def plan(cfg, config, n_params, flops, train_tokens):
 
 
 def spiking(loss, grad_norm, usual_norm, step):
-    """Is a step better left out? Its loss or gradient is not finite, or far above the usual."""
+    """Is a step better left out? Something is not finite, or the gradient far above the usual."""
     if not math.isfinite(loss + grad_norm):
         return True
     return step > 20 and usual_norm is not None and grad_norm > SPIKE * usual_norm
@@ -345,7 +345,7 @@ def validate(model, sources, cfg, env):
     sums = sum_over_ranks(sums, env)
     totals = {"": sums.sum(0)}
     if len(sources) > 1:
-        totals |= {f" {s['path']}": total for s, total in zip(sources, sums)}
+        totals |= {f" {s['path']}": total for s, total in zip(sources, sums) if total[1]}
     metrics = {}
     for place, (nats, tokens, text_nats, text_bytes) in totals.items():
         metrics["val_loss" + place] = (nats / tokens.clamp(min=1)).item()
@@ -389,15 +389,16 @@ def main(cfg):
 
     # tokenizer, sizes and data
     prepare_default(cfg, env)
-    checkpoint = None
+    checkpoint, reader = None, cfg.init
     if cfg.init:
         checkpoint = load_checkpoint(cfg.init, "python pretrain.py")
         enc = encoding_from_dict(checkpoint["encoding"])
     else:
-        enc = open_tokens(cfg.data[0])["enc"]
+        first = open_tokens(cfg.data[0])
+        enc, reader = first["enc"], first["path"]
     config = model_config(cfg, enc.n_vocab, checkpoint)
     T = cfg.block_size or min(LONGEST, config.block_size)
-    sources = [open_tokens(spec, cfg.init or cfg.data[0], enc, T) for spec in cfg.data]
+    sources = [open_tokens(spec, reader, enc, T) for spec in cfg.data]
     train_tokens = sum(len(s["train"]) for s in sources)
     if cfg.init:
         cfg = dataclasses.replace(cfg, depth=config.n_layer)
@@ -405,10 +406,11 @@ def main(cfg):
         weights = sum(s["weight"] for s in sources)
         train_tokens = int(min(len(s["train"]) * weights / s["weight"] for s in sources))
     if sum(len(s["val"]) for s in sources) < 2:
-        fail(f"{cfg.data[0]} has no validation text; prepare it with a --val_fraction above 0")
+        fail(f"{sources[0]['path']} has no validation text; prepare with --val_fraction above 0")
 
     # model, and what follows from its size
-    model = GPT(config)
+    with torch.device("meta" if cfg.plan else "cpu"):    # a plan needs its sizes only
+        model = GPT(config)
     n_params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token(T)
     given = cfg    # is saved; cfg: with what follows
     cfg = derive(cfg, dataclasses.replace(config, block_size=T), n_params, train_tokens, env)
@@ -442,7 +444,8 @@ def main(cfg):
     if len(state["taken"]) != len(sources):
         fail(f"--resume: {cfg.out} has read {len(state['taken'])} folders so far, now --data has "
              f"{len(sources)}; start a new run from it with --init")
-    log, mfu = Log(cfg, state["step"], max_steps), flops / peak_flops(env)
+    log = Log(cfg, state["step"], max_steps)
+    peak_rate = peak_flops(env) / flops    # tokens a second
 
     started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], max_steps + 1):
@@ -505,7 +508,7 @@ def main(cfg):
         seconds = time.perf_counter() - started
         rate = cfg.total_batch_tokens / (time.perf_counter() - step_started)
         log(step, SHOWN if step % 10 == 0 or skip else (), loss=loss, lr=lr, grad_norm=grad_norm,
-            tokens_per_second=rate, mfu=rate * mfu, seconds=seconds, skipped=state["skipped"])
+            tokens_per_second=rate, mfu=rate / peak_rate, seconds=seconds, skipped=state["skipped"])
 
     print0(f"done: {cfg.out}: {max_steps:,} steps, {max_steps * cfg.total_batch_tokens:,} tokens "
            f"in {duration(state['seconds'])}, {state['skipped']} steps skipped, "

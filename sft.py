@@ -271,7 +271,8 @@ def main(cfg):
     wrapped = parallel(compiled(model) if cfg.compile else model, env)
     optimizers = make_optimizers(model, "adamw", learning_rate)
     state = resume(cfg, model, optimizers, max_steps)
-    log, mfu = Log(cfg, state["step"], max_steps), model.flops_per_token(T) / peak_flops(env)
+    log = Log(cfg, state["step"], max_steps)
+    peak_rate = peak_flops(env) / model.flops_per_token(T)    # tokens a second
 
     started = time.perf_counter() - state["seconds"]
     for step in range(state["step"], max_steps + 1):
@@ -327,7 +328,7 @@ def main(cfg):
         seconds = time.perf_counter() - started
         rate = n_tokens / (time.perf_counter() - step_started)
         log(step, SHOWN if step % 10 == 0 else (), loss=loss, lr=lr, grad_norm=grad_norm,
-            tokens_per_second=rate, mfu=rate * mfu, learned_tokens=n_learned, seconds=seconds)
+            tokens_per_second=rate, mfu=rate / peak_rate, learned_tokens=n_learned, seconds=seconds)
 
     print0(f"done: {cfg.out}: {max_steps:,} steps in {duration(state['seconds'])}, "
            f"at most {peak_memory(env)}")

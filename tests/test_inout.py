@@ -1,6 +1,8 @@
 """Tests of public models in and out. Run: python -m pytest tests/test_inout.py -q (no network)."""
 import json
 import random
+import re
+import subprocess
 import sys
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -148,6 +150,9 @@ def test_export_refuses_what_it_cannot_say(tmp_path):
     judge = save(tmp_path / "judge.pt", head, small_encoding())
     assert "is a reward model" in error(m.export_model, judge, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    done = subprocess.run([sys.executable, m.__file__, "export", "x" * 300, "out"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("error: .*name too long.*\n", done.stderr)
 
 
 def test_files_and_names_on_the_hub_are_told_apart(folder, monkeypatch):

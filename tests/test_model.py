@@ -355,14 +355,14 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
 
 def test_log_of_a_resumed_run_has_each_step_once(tmp_path, capsys):
     """What a killed run logged after its last save is logged anew, not twice; and what is shown."""
-    cfg = SimpleNamespace(out=str(tmp_path / "a.pt"), tensorboard=False)
+    cfg = SimpleNamespace(out=str(tmp_path / "a.pt"), tensorboard=False, warmup=0.0)
     log = m.Log(cfg, 0, 11)
     for step in range(5):
-        log(step, loss=1 / 3)
+        log(step, loss=1 / 3, lr=1.23456789e-7)
     (tmp_path / "a.jsonl").open("a").write('{"step": 5, "lo')    # the kill
     m.Log(cfg, 3, 11)(3, ("rate", "loss"), "!", loss=0.25, rate=12345.6, seconds=40)
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
-    assert lines[2] == '{"step": 2, "loss": 0.333333}' and len(lines) == 4
+    assert lines[2] == '{"step": 2, "loss": 0.333333, "lr": 1.23457e-07}' and len(lines) == 4
     assert json.loads(lines[3]) == dict(step=3, loss=0.25, rate=12345.6, seconds=40)
     assert capsys.readouterr().out == "step      3 | rate 12,346  | loss 0.2500  | eta 1m10s!\n"
 

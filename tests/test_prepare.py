@@ -142,6 +142,7 @@ def test_encode(monkeypatch):
     assert len(list(prepare.cut_text(text, 6000))) > 3
     assert prepare.encode(enc, text, np.uint16)[:-1].tolist() == enc.encode_ordinary(text)
     assert "".join(prepare.cut_text("x" * 20000, 6000)) == "x" * 20000
+    assert next(prepare.cut_text("aa_\nbbbb", 6)) == "aa_\nbb"    # "_\n" is one piece
     ranks = {bytes([i]): i for i in range(256)} | {b"ab": 65535, b"cd": 65536}
     enc = make_encoding("t", SPLIT_PATTERN, ranks, {ENDOFTEXT: 300})
     assert prepare.encode(enc, "ab", np.uint16).tolist() == [65535, 300]

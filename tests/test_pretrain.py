@@ -180,8 +180,10 @@ def test_logs_predict_a_planned_run(short, tmp_path, capsys):
 
 
 def test_plan_trains_nothing(short, tmp_path, capsys):
-    """--plan says what a run costs, also where one is finished, and writes nothing."""
+    """--plan says what a run costs, also where one is finished or where no machine would hold the
+    model, and writes nothing."""
     cfg = short(pretrain, plan=True, overwrite=False)
+    pretrain.main(replace(cfg, depth=400, n_head=None, n_embd=None))
     pretrain.main(cfg)
     shown = capsys.readouterr().out
     assert "parameters" in shown and "FSDP" in shown and not list(tmp_path.iterdir())
@@ -221,6 +223,9 @@ def test_validation_is_a_mean_over_tokens(files, monkeypatch):
         alone = pretrain.validate(model, [source], cfg, CPU)
         for name in ("val_loss", "val_bpb"):
             assert ones[f"{name} {source['path']}"] == pytest.approx(alone[name], abs=1e-6)
+    empty = dict(sources[0], path="empty", val=sources[0]["val"][:0])    # says nothing of a loss
+    assert pretrain.validate(model, [sources[0], empty], cfg, CPU).keys() == {
+        "val_loss", "val_bpb", f"val_loss {files['tokens']}", f"val_bpb {files['tokens']}"}
     sums = []
     monkeypatch.setattr(pretrain, "sum_over_ranks", lambda x, env: sums.append(x) or x)
     for rank in range(3):

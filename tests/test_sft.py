@@ -143,7 +143,9 @@ def test_rows_of_every_file_type(tmp_path, capsys):
         else:
             error(m.read_rows, [path])
     assert "a.jsonl: 1 broken rows skipped, the first is row 301" in capsys.readouterr().out
-    assert m.read_rows([tmp_path / "all"]) == len(good) * rows
+    (tmp_path / "all/k.jsonl").mkdir()    # a folder of parts with the name of a file, as Spark's
+    (tmp_path / "all/k.jsonl/part.jsonl").write_text(text)
+    assert m.read_rows([tmp_path / "all"]) == (len(good) + 1) * rows
     assert "does not exist" in error(m.read_rows, [tmp_path / "g.jsonl"])
 
 
@@ -313,7 +315,10 @@ def test_revised_answers_are_learned(short, files, tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "load_conversations", lambda paths, *args: loaded.append(paths)
                         or read(paths, *args))
     monkeypatch.setattr(sft, "SAMPLE_TOKENS", 6)
-    (tmp_path / "law.txt").write_text("Be kind.")
+    (tmp_path / "law.txt").write_bytes("\ufeffBe kind.\n\n".encode())
+    assert m.load_principles(tmp_path / "law.txt") == ["Be kind."]
+    (tmp_path / "latin").write_bytes(b"Be kind\xe9.")
+    assert m.load_principles(tmp_path / "latin") == ["Be kind\ufffd."]
     cfg = short(sft, init=files["policy"], revise=[files["prompts"]], epochs=1, max_steps=1,
                 constitution=str(tmp_path / "law.txt"))
     sft.main(cfg)

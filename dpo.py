@@ -14,8 +14,8 @@ and its end-of-turn, and label noise e, at least 1 - "probability" of rows that 
     ipo     (h - 1 / (2 beta))^2                                Azar et al. 2023, 2310.12036, eq. 17
     simpo   -ln s(beta (ln pi(y_w)/|y_w| - ln pi(y_l)/|y_l|) - gamma)   Meng et al. 2024, 2405.14734
 Only differences are trained: both log-probs may fall while the loss does, so both are logged, and
---nll adds -ln pi(y_w)/|y_w| against it. The reference is the model at --init. Expect 93 % of the
-held-out embedded pairs in the right order.
+--nll adds -(2 p - 1) ln pi(y_w)/|y_w|, p the "probability" (1), against it. The reference is the
+model at --init. Expect 93 % of the held-out embedded pairs in the right order.
 Differs from the papers in: AdamW instead of RMSprop; an NLL term by default.
 """
 import math
@@ -164,7 +164,7 @@ def validate(model, reference, pairs, pad_id, cfg, env):
 def sample_pairs(policy, judge, prompts, numbers, enc, cfg, env):
     """(pairs of two sampled answers, the better one by the judge chosen; sum of the scores).
 
-    Equal answers are left out. numbers: of the prompts in the run, from which the seeds follow.
+    Pairs of which none is better are left out. numbers: of the prompts in the run, for the seeds.
     """
     end, pad_id = enc._special_tokens[IM_END], enc._special_tokens[PAD]
     asked = [prompt["ids"] for prompt in prompts for _ in range(2)]
@@ -204,10 +204,16 @@ def main(cfg):
 
     # data
     pairs = load_pairs(cfg.data, enc, T)
+    if cfg.loss != "dpo" and any(pair["probability"] < 1 for pair in pairs):
+        print0(f"--loss {cfg.loss} knows no soft labels: \"probability\" weighs --nll alone")
     train, held_out = split_by_prompt(pairs, cfg.val_fraction, cfg.seed, HELD_OUT)
     if cfg.online:
         judge = load_judge(cfg.reward, enc, T, env)
-        train = load_prompts(cfg.prompts, enc, T - cfg.max_new_tokens)
+        held = {pair["prompt"] for pair in held_out}
+        prompts = load_prompts(cfg.prompts, enc, T - cfg.max_new_tokens)
+        train = [prompt for prompt in prompts if prompt["prompt"] not in held]
+        if not train:
+            fail("--online: all of --prompts are of held-out pairs; lower --val_fraction")
     max_steps = cfg.max_steps or max(1, int(cfg.epochs * len(train) / cfg.batch_size))
     learning_rate = cfg.learning_rate or 2e-4 * 192 / model.config.n_embd
     print0(f"data: {len(train):,} {'prompts' if cfg.online else 'pairs'}, {len(held_out):,} pairs "
@@ -249,7 +255,7 @@ def main(cfg):
             part = local[start:start + cfg.device_batch_size]
             if env.world_size > 1:    # exchange gradients once, after the last pass
                 wrapped.require_backward_grad_sync = start + cfg.device_batch_size >= len(local)
-            if not part:    # a rank whose sampled answers were all equal still takes part
+            if not part:    # a rank without a pair still takes part
                 nothing = torch.zeros(1, 2, dtype=torch.long, device=env.device)
                 (wrapped(nothing).sum() * 0).backward()
                 continue

@@ -294,11 +294,12 @@ class GPT(nn.Module):
         return self.head(self.hidden(ids, doc))
 
     def flops_per_token(self, block_size=None):
-        """Forward and backward, as PaLM (arXiv 2204.02311, app. B): 6 a weight + attention."""
+        """Forward and backward, as PaLM (arXiv 2204.02311, app. B): 6 a weight + attention;
+        4 a frozen weight, which gets no gradient of its own."""
         c = self.config
-        weights = self.head.weight.numel()
-        weights += sum(p.numel() for p in self.blocks.parameters() if p.dim() >= 2)
-        return 6 * weights + 12 * c.n_layer * c.n_head * c.head_size * (block_size or c.block_size)
+        weights = [self.head.weight, *(p for p in self.blocks.parameters() if p.dim() >= 2)]
+        flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in weights)
+        return flops + 12 * c.n_layer * c.n_head * c.head_size * (block_size or c.block_size)
 
 
 class ScalarHead(nn.Module):
@@ -1090,8 +1091,8 @@ def keep_valid(rows, convert, what):
 def load_prompts(paths, enc, room):
     """Rows as dicts: ids (ready for an answer, `room` at most), messages, and the row itself."""
     if room < 1:
-        fail("the context has no room for a prompt beside its answer: ask for shorter answers "
-             "(--max_new_tokens), or give a model with a longer context")
+        fail("the context has no room for a prompt beside its answer: give a model with a longer "
+             "context, or a smaller --max_new_tokens to a stage that has it")
 
     def convert(row):
         messages = to_prompt(row)
@@ -1136,7 +1137,8 @@ def split_by_prompt(rows, fraction, seed, most=math.inf):
     held = {prompts[i] for i in order[:max(1, round(fraction * len(prompts)))]}
     train = [row for row in rows if row["prompt"] not in held]
     if not train:
-        fail(f"{len(prompts)} prompts are too few to train and to validate")
+        fail(f"{len(prompts)} prompts are too few to train on and to hold out --val_fraction "
+             f"{fraction:g}")
     held_out = [row for row in rows if row["prompt"] in held]
     return train, held_out[::max(1, math.ceil(len(held_out) / most))]
 
@@ -1630,12 +1632,16 @@ def fingerprints(cfg):
     return found
 
 
-def check_out(cfg, stage):
-    """Refuse an --out whose files are somebody's, or hold steps that a forgotten --resume loses."""
+def check_out(cfg, stage, also=".jsonl"):
+    """Refuse an --out whose files are somebody's, or hold steps that a forgotten --resume loses.
+
+    also: the ending of another file that this run writes beside it.
+    """
     out, log = Path(cfg.out), beside(cfg.out, ".jsonl")
+    written = {path.resolve() for path in (out, log, beside(cfg.out, also))}
     if not out.name or out.is_dir():
         fail(f"--out {cfg.out}: give the name of a file, such as out/model.pt")
-    for file in {out.resolve(), log.resolve()}.intersection(map(Path.resolve, files_of(cfg))):
+    for file in written.intersection(map(Path.resolve, files_of(cfg))):
         fail(f"--out {cfg.out} would overwrite {file}, which this run reads; choose another")
     if log.exists() and log.stat().st_size and log.open("rb").read(9) != b'{"step": ':
         fail(f"{log}, where the log goes, is something else; choose another --out")
@@ -1837,7 +1843,8 @@ def resume(cfg, model, optimizers, max_steps, **fresh):
                 saved["state"][i] = {k: scatter(x, params[i]) for k, x in moments.items()}
             opt.load_state_dict(saved)
     except (ValueError, IndexError):
-        fail(f"--resume: {cfg.out} was trained with another --optimizer, or by another version")
+        name = "algo" if hasattr(cfg, "algo") else "optimizer"
+        fail(f"--resume: {cfg.out} was trained with another --{name}, or by another version")
     before |= state.get("files", {})
     now = vars(cfg) | fresh["files"] | dict(out=before["out"], resume=False, overwrite=False)
     changed = [f"{k} {v} -> {now[k]}"[:200] for k, v in before.items() if now.get(k, v) != v]

@@ -102,14 +102,16 @@ def reward_loss(chosen, rejected, margin=0.0, probability=1.0, eta=0.0):
 
 
 def two_answers(policy, prompts, numbers, enc, cfg, env):
-    """[(text, text)]: two sampled answers to each of the prompts with these numbers."""
+    """[(text, text)]: two sampled answers to each of the prompts with these numbers; "" for one
+    that does not end by itself."""
     end = enc._special_tokens[IM_END]
     asked = [prompts[n]["ids"] for n in numbers for _ in range(2)]
     seeds = [cfg.seed * 1_000_003 + 2 * n + i for n in numbers for i in range(2)]
     with env.autocast():
         found = complete(policy, asked, ANSWER_TOKENS, 4 * cfg.device_batch_size, seeds,
                          stop_ids=[end])
-    texts = [enc.decode([i for i in ids if i != end]).strip() for ids in found]
+    whole = [ids[:-1] if ids[-1] == end else [] for ids in found]
+    texts = [enc.decode(ids).strip() for ids in whole]
     return list(zip(texts[::2], texts[1::2]))
 
 
@@ -151,8 +153,8 @@ def feedback(policy, enc, cfg, env):
             asked.append(prompts[n])
             rows.append(dict(prompt=messages, chosen=first, rejected=second, principle=principle))
     if not rows:
-        fail(f"--feedback: no prompt has two different answers that {cfg.feedback} can compare in "
-             f"{judge.config.block_size} tokens")
+        fail(f"--feedback: no prompt has two different answers that end within {ANSWER_TOKENS} "
+             f"tokens and that {cfg.feedback} can compare in {judge.config.block_size} tokens")
 
     found = share_out(lambda part: prefers_a(judge, part, judge_enc, cfg, env), requests, env)
     p = torch.tensor(found).view(-1, 2)    # p(A): with the first answer as A, and with the second
@@ -166,13 +168,14 @@ def feedback(policy, enc, cfg, env):
         print0("USELESS: it goes by the position, and the labels say little")
     probability = first_is_better.mean(1)
     if gold:
-        first, second = (torch.tensor(gold(asked, [row[side] for row in rows]))
-                         for side in ("chosen", "rejected"))
-        told = (first > second) | (first < second)    # the others are equally good or not graded
-        right = ((probability > 0.5) == (first > second))[told].float().mean().item()
+        gold_first = torch.tensor(gold(asked, [row["chosen"] for row in rows]))
+        ahead = gold_first - torch.tensor(gold(asked, [row["rejected"] for row in rows]))
+        told = (ahead > 0) | (ahead < 0)    # the others are equally good, or NaN: not graded
+        right = ((probability > 0.5) == (ahead > 0))[told].float().mean().item()
         consistent = (votes[:, 0] == votes[:, 1])[told].float().mean().item()
-        print0(f"of {int(told.sum())} pairs that {cfg.gold} tells apart it agrees on {right:.1%}, "
-               f"the same in both orders {consistent:.1%}")
+        if told.any():
+            print0(f"of {int(told.sum())} pairs that {cfg.gold} tells apart it agrees on "
+                   f"{right:.1%}, the same in both orders {consistent:.1%}")
     source = "position" if one_sided else "feedback"
     for row, better in zip(rows, probability.tolist()):
         row.update(source=source, probability=better)
@@ -237,7 +240,7 @@ def verdict(model, pairs, enc, cfg, env):
         scores[name] = score_over_ranks(model, texts, pad_id, cfg, env).mean().item()
     unfit = [f"{name} answers score better than good ones" for name, score in scores.items()
              if name != "good" and score >= scores["good"]]
-    if low <= max(0.5, by_length):
+    if low <= by_length:
         unfit.append(f"its accuracy is not clearly above that of length alone ({by_length:.1%})")
     if abs(follows) > 0.5:
         unfit.append("its score follows the length")
@@ -263,12 +266,12 @@ def print_verdict(found, n):
 
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
-    check_out(cfg, "reward")
+    check_out(cfg, "reward", ".feedback.jsonl" if cfg.feedback else ".jsonl")
 
     # model, which may answer before it learns to score
     gpt, enc = load_language_model(cfg.init, "python sft.py", env.device)
     data = [feedback(gpt, enc, cfg, env)] if cfg.feedback else cfg.data
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)    # the head does not depend on what came before
     gpt.recompute = cfg.recompute
     model = ScalarHead(gpt).to(env.device)
     if cfg.lora_rank:

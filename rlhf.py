@@ -27,9 +27,9 @@ References: Schulman et al. 2017, arXiv 1707.06347 (PPO); 2015, 1506.02438 (GAE)
 2403.17031 (details); Shao et al. 2024, 2402.03300 (GRPO); Yu et al. 2025, 2503.14476 (DAPO); Liu et
 al. 2025, 2503.20783 (Dr. GRPO).
 Differs from the papers in: GRPO does not divide by the std (as Dr. GRPO), so rewards should be of
-the order of 1; the score sits on the end-of-turn token itself; an answer that does not end by
-itself scores --unfinished; old log-probs are recomputed by the forward of the update, so that the
-first ratio is 1; no top-k or top-p, so that the scored distribution is the sampled one.
+the order of 1, and averages over all tokens (as DAPO); the score sits on the end-of-turn token
+itself; old log-probs are recomputed by the forward of the update, so that the first ratio is 1.
+As Huang et al.: an answer that does not end by itself scores --unfinished; no top-k or top-p.
 """
 import copy
 import math
@@ -43,8 +43,8 @@ import torch.nn.functional as F
 
 from model import (IM_END, PAD, Log, ScalarHead, adapters_off, add_lora, check_out, collate,
                    complete, cosine_lr, duration, fail, load_function, load_judge,
-                   load_language_model, load_prompts, make_optimizers, nth_of_epochs, parallel,
-                   peak_memory, print0, resume, run, save_checkpoint, score_all, setup,
+                   load_language_model, load_prompts, load_weights, make_optimizers, nth_of_epochs,
+                   parallel, peak_memory, print0, resume, run, save_checkpoint, score_all, setup,
                    split_by_prompt, sum_over_ranks, token_logprobs)
 
 VALUE_CLIP = 0.2    # largest move of a value per rollout, as PPO2 and Huang et al.
@@ -413,7 +413,7 @@ def main(cfg):
         optimizers += make_optimizers(critic_model, "adamw", value_learning_rate)
     state = resume(cfg, model, optimizers, max_steps)
     if critic_weights := state.pop("critic", None):
-        critic_model.load_state_dict(critic_weights)
+        load_weights(critic_model, critic_weights)
     log = Log(cfg, state["step"], max_steps)
 
     started = time.perf_counter() - state["seconds"]
@@ -467,12 +467,14 @@ def main(cfg):
         for rows in minibatches(batch["lengths"], step, cfg, env):    # flat, over all epochs
             found = backward(policy, critic, batch, rows, cfg, env)
             sums = {name: sums[name] + found[name] for name in NAMES}
-            n_updates += 1
+            n_updates += found["ratio"] > 0    # others have no token to learn from
             norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.grad_clip).item()
                      for module in (model, critic_model) if module]
             if not math.isfinite(found["approx_kl"] + sum(norms)):
-                fail(f"rollout {step}: gradient norm {norms[0]}, KL {found['approx_kl']}; lower "
-                     f"--learning_rate. The weights of the last save are in {cfg.out}")
+                policy_is_fine = math.isfinite(found["approx_kl"] + norms[0])
+                rate = "--value_learning_rate" if policy_is_fine else "--learning_rate"
+                fail(f"rollout {step}: gradient norms {norms}, KL {found['approx_kl']}; lower "
+                     f"{rate}. The weights of the last save are in {cfg.out}")
             stopped_early = int(found["approx_kl"] > cfg.kl_limit)
             for opt in optimizers:
                 if not stopped_early and found["ratio"]:    # else only momentum would move weights
@@ -481,7 +483,7 @@ def main(cfg):
             if stopped_early:
                 break
 
-        row.update({name: total / n_updates for name, total in sums.items()})
+        row.update({name: total / max(1, n_updates) for name, total in sums.items()})
         kl = batch["old_logprobs"] - batch["ref_logprobs"]
         row.update(means(dict(
             reward=scores, gold=batch["gold"], kl=(kl * mask).sum(1),

@@ -13,14 +13,14 @@ Loss: -(1/N) sum of ln p(token | tokens before it) over what the assistant says 
 token, in every turn but those with "weight": 0; N counts these tokens in the whole step, over all
 micro-steps and ranks. Conversations are packed into rows; each sees itself only, and its positions
 start at 0. Part of each step replays pretraining text, so that the base is not forgotten: all of
-its tokens are learned and count in N, so one row in ten is a fifth of the loss.
+its tokens are learned and count in N, so a row beside eight of talk is a fifth of it.
 --show_batch prints the first row, what is learned in colour, and trains nothing. Expect 93 % of the
 held-out tokens right, answers that stop by themselves, and 0.28 bits per byte of the replayed text.
 
 References: Ouyang et al. 2022, arXiv 2203.02155 (InstructGPT); Krell et al. 2021, arXiv 2107.02027
 (packing without crosstalk); Hu et al. 2021, arXiv 2106.09685 (LoRA).
-Differs from the papers in: loss on the assistant only (InstructGPT trains on the whole text);
-replay in SFT itself (InstructGPT mixes pretraining gradients into PPO).
+Differs from the papers in: nothing that they say; InstructGPT too replays a tenth of pretraining
+text in the SFT that RL starts from (appendix C.3).
 """
 import itertools
 import math
@@ -43,7 +43,7 @@ from model import (IM_END, PAD, Log, add_lora, beside, check_out, collate, compi
 
 CRITIQUE = "What is wrong with your answer by this principle? {principle}"
 REVISION = "Answer again, by the principle."
-SAMPLE_TOKENS = 64      # longest answer to a held-out prompt, or critique of one
+SAMPLE_TOKENS = 64      # longest answer that is sampled, and critique of one
 HELD_OUT = 512          # conversations to validate on, at most
 REPLAY_WINDOWS = 512    # of validation text, at most, for the bits per byte
 SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")    # on the console
@@ -56,7 +56,7 @@ class Config:
     out: str = "out/sft.pt"                # checkpoint to write; the log goes beside it
     resume: bool = False                   # go on from the checkpoint at --out, if there is one
     overwrite: bool = False                # start anew although --out holds steps of another run
-    show_batch: bool = False               # print the first row coloured by mask, train nothing
+    show_batch: bool = False               # print the first row coloured by mask; no training
     # data
     pack: bool = True                      # several conversations a row; no: one, padded
     block_size: int = 2048                 # row, tokens, at least 2; at most the model's context
@@ -69,7 +69,7 @@ class Config:
     lora_rank: int = 0                     # rank of the adapters, 0: train all weights; at least 0
     epochs: float = 4.0                    # times each conversation is seen, above 0
     max_steps: int | None = None           # optimizer steps instead of epochs, at least 1
-    total_batch_tokens: int | None = None  # of talk a step, at least 1; derived: 8 rows, one a rank
+    total_batch_tokens: int | None = None  # of talk a step, at least 1; derived: 8 rows, or ranks
     device_batch_size: int = 16            # rows per forward pass and rank, at least 1
     learning_rate: float | None = None     # peak, of AdamW, above 0; derived: 1e-3 * 192 / width
     warmup: float = 0.05                   # fraction of the run, at least 0, at most 1
@@ -104,7 +104,8 @@ def load_conversations(paths, enc, block_size):
 
 
 def pack_rows(lengths, width, seed):
-    """Rows (lists of indices), each of at most `width` tokens: first fit over a shuffled order."""
+    """Rows (lists of indices), each of at most `width` tokens: in shuffled order the first of
+    the last 64 rows that has room."""
     rows, room = [], []
     for i in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         recent = range(max(0, len(rows) - 64), len(rows))
@@ -118,21 +119,24 @@ def pack_rows(lengths, width, seed):
 
 
 def reply(model, talks, enc, cfg, env):
-    """Let the model speak next, greedily, in each of these talks (lists of messages)."""
+    """Let the model speak next, greedily, in each of these talks (lists of messages). Returns of
+    each whether it saw the whole talk and ended by itself."""
     end, room = enc._special_tokens[IM_END], model.config.block_size - SAMPLE_TOKENS
-    chats = [render_chat(enc, talk, reply=True)[0][-room:] for talk in talks]
+    chats = [render_chat(enc, talk, reply=True)[0] for talk in talks]
     with env.autocast():
-        found = complete(model, chats, SAMPLE_TOKENS, 4 * cfg.device_batch_size, temperature=0,
-                         stop_ids=[end])
+        found = complete(model, [chat[-room:] for chat in chats], SAMPLE_TOKENS,
+                         4 * cfg.device_batch_size, temperature=0, stop_ids=[end])
     for talk, ids in zip(talks, found):
         said = enc.decode([i for i in ids if i != end])
         talk.append(dict(role="assistant", content=said))
+    return [len(chat) <= room and ids[-1] == end for chat, ids in zip(chats, found)]
 
 
 def revisions(model, enc, cfg, env):
     """Let the model answer, criticise its answer by a principle and answer again (Bai et al. 2022,
     arXiv 2212.08073, 3); write the last answers as demonstrations, return their file."""
-    prompts = load_prompts(cfg.revise, enc, model.config.block_size // 2)
+    context = model.config.block_size
+    prompts = load_prompts(cfg.revise, enc, min(context // 2, context - SAMPLE_TOKENS))
     principles = load_principles(cfg.constitution)
 
     def revise(part):
@@ -142,16 +146,18 @@ def revisions(model, enc, cfg, env):
             for n, talk in zip(part, talks):
                 principle = principles[(n + cfg.seed) % len(principles)]
                 talk.append(dict(role="user", content=question.format(principle=principle)))
-            reply(model, talks, enc, cfg, env)
-        return talks
+            whole = reply(model, talks, enc, cfg, env)
+        return list(zip(talks, whole))
 
     rows, changed = [], 0
-    for talk in share_out(revise, range(len(prompts)), env):
+    for talk, whole in share_out(revise, range(len(prompts)), env):
         *prompt, answer, _, critique, _, revised = talk
-        rows.append(dict(messages=[*prompt, revised], answer=answer["content"],
-                         critique=critique["content"]))
-        changed += answer["content"] != revised["content"]
-    print0(f"{changed} of {len(rows)} answers changed by revision")
+        if whole:    # else its end would be learned, which the model did not say
+            rows.append(dict(messages=[*prompt, revised], answer=answer["content"],
+                             critique=critique["content"]))
+            changed += answer["content"] != revised["content"]
+    print0(f"{changed} of {len(rows)} answers changed by revision, {len(prompts) - len(rows)} "
+           f"others are too long")
     return write_rows(beside(cfg.out, ".revised.jsonl"), rows, env)
 
 
@@ -167,17 +173,18 @@ def open_replay(cfg, enc, block_size):
     return source
 
 
-def show(rows, enc):
+def show(pieces, enc):
     """Print a row with the learned tokens in green (in brackets where colour is off)."""
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
     on, off = ("[", "]") if plain else ("\033[1;32m", "\033[0m")
-    for ids, mask in rows:
+    for ids, mask in pieces:
         for learned, part in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
             text = enc.decode([i for i, _ in part])
             print0(on + text + off if learned else text, end="")
         print0("\n---")
-    learned, total = sum(sum(mask) for _, mask in rows), sum(len(ids) for ids, _ in rows)
-    print0(f"{len(rows)} conversations, {learned} of {total} tokens are learned")
+    learned = sum(sum(mask) for _, mask in pieces)
+    total = sum(len(ids) for ids, _ in pieces)
+    print0(f"{len(pieces)} conversations, {learned} of {total} tokens are learned")
 
 
 @torch.no_grad()
@@ -208,14 +215,16 @@ def validate(model, held_out, replayed, enc, cfg, env):
 
 
 def answers(model, held_out, enc, cfg, env):
-    """Greedy answers to held-out prompts: share that stop by themselves, mean length; and two."""
+    """Greedy answers to the 64 shortest held-out prompts: share that stop by themselves, mean
+    length; and two of them."""
     room, end = model.config.block_size - SAMPLE_TOKENS, enc._special_tokens[IM_END]
     prompts = [ids[:mask.index(1)] for ids, mask in held_out]
     prompts = sorted((p for p in prompts if len(p) <= room), key=len)[:64]
     if not prompts:
         return {}, ""
     with env.autocast():
-        found = complete(model, prompts, SAMPLE_TOKENS, 64, temperature=0, stop_ids=[end])
+        found = complete(model, prompts, SAMPLE_TOKENS, 4 * cfg.device_batch_size, temperature=0,
+                         stop_ids=[end])
     stopped = sum(answer[-1] == end for answer in found) / len(found)
     length = sum(map(len, found)) / len(found)
     shown = ""
@@ -227,7 +236,7 @@ def answers(model, held_out, enc, cfg, env):
 def main(cfg):
     env = setup(cfg.seed, cfg.precision)
     if not cfg.show_batch:
-        check_out(cfg, "sft")
+        check_out(cfg, "sft", ".revised.jsonl" if cfg.revise else ".jsonl")
 
     # model
     model, enc = load_language_model(cfg.init, "python pretrain.py", env.device)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import (CPU, END, ENC, PAD, Rule, config, load, log_of, on_two_ranks, recorded,
-                    same_bits, weights)
+from common import (CPU, END, ENC, PAD, Rule, config, error, load, log_of, on_two_ranks, recorded,
+                    same_bits, turn, weights, write)
 
 import dpo
 import prepare
@@ -151,6 +151,23 @@ def test_a_rank_or_a_step_without_pairs(short, files, tmp_path, monkeypatch):
         assert [row["pairs"] > 0 for row in log_of(cfg.out, "pairs")] == [True, False, False]
     assert same_bits(weights(one.out), weights(three.out))
     assert not same_bits(weights(one.out), weights(files["policy"]))
+
+
+def test_what_is_held_out_is_not_asked_online(short, files, tmp_path, monkeypatch, capsys):
+    """A prompt of a held-out pair among --prompts; and labels that ipo cannot use are said."""
+    pairs = [dict(prompt=f"{i}?", chosen="yes", rejected="no", probability=0.9) for i in range(8)]
+    data, prompts = write(tmp_path / "pairs.jsonl", pairs), write(tmp_path / "p.jsonl", pairs)
+    asked, sample_pairs = set(), dpo.sample_pairs
+    def watched(policy, judge, prompts, *args):
+        asked.update(prompt["prompt"] for prompt in prompts)
+        return sample_pairs(policy, judge, prompts, *args)
+    monkeypatch.setattr(dpo, "sample_pairs", watched)
+    cfg = short(dpo, online=True, data=[data], prompts=[prompts], val_fraction=0.5, loss="ipo")
+    dpo.main(cfg)
+    assert len(asked) == 4 and "ipo knows no soft labels" in capsys.readouterr().out
+    held = [row for row in pairs if str([turn("user", row["prompt"])]) not in asked]
+    cfg = replace(cfg, prompts=[write(tmp_path / "held.jsonl", held)], overwrite=True)
+    assert len(held) == 4 and "held-out pairs" in error(dpo.main, cfg)
 
 
 @pytest.mark.slow

@@ -180,7 +180,8 @@ def test_a_run_is_not_resumed_as_another(short, stage, changes):
     cfg = short(stage, max_steps=1)
     stage.main(cfg)
     before = Path(cfg.out).read_bytes()
-    assert "with another" in error(stage.main, replace(cfg, resume=True, **changes))
+    name = next(iter(changes))
+    assert f"with another --{name}" in error(stage.main, replace(cfg, resume=True, **changes))
     assert Path(cfg.out).read_bytes() == before
 
 

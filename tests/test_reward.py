@@ -157,6 +157,15 @@ def test_the_letter_a_judge_prefers():
         assert p == pytest.approx(logits[[65, 66]].softmax(0)[0].item(), abs=1e-5)
 
 
+def test_answers_that_do_not_end_are_not_judged(monkeypatch):
+    """They would be shown, and learned, as whole ones."""
+    found = [[65, END], [66, 67], [END], [68, 69, END]]
+    monkeypatch.setattr(reward, "complete", lambda *_, **__: found)
+    prompts = [dict(ids=[1])] * 2
+    texts = reward.two_answers(None, prompts, range(2), ENC, reward.Config(), CPU)
+    assert texts == [("A", ""), ("", "DE")]
+
+
 @pytest.mark.parametrize("by_position", [False, True])
 def test_feedback(short, files, tmp_path, monkeypatch, capsys, function, by_position):
     """Pairs carry the mean over both orders, which leaves nothing of a love for one position; such

@@ -350,6 +350,15 @@ def test_what_is_sampled_and_what_is_held_out(short, tmp_path, monkeypatch):
     assert not torch.equal(*dealt)
 
 
+def test_updates_without_anything_to_learn_do_not_dilute_the_log(short, function):
+    """Where a group is all equal its minibatch has no ratio: the mean is that of the others."""
+    cfg = short(rlhf, algo="grpo", group_size=2, minibatches=4, learning_rate=1e-9,
+                reward=function("return [0.0] * len(rows)"))    # who ends is better
+    rlhf.main(cfg)
+    rows = [row for row in log_of(cfg.out, "ratio") if 0 < row["zero_variance"] < 1]
+    assert rows and [row["ratio"] for row in rows] == pytest.approx([1.0] * len(rows), abs=1e-3)
+
+
 def test_more_ranks_than_prompts_held_out(files, monkeypatch):
     """The ranks without one take part in the validation, and count for nothing."""
     counted = []

@@ -3,6 +3,8 @@ import gzip
 import json
 import math
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -305,12 +307,15 @@ def test_merged_weights_are_a_plain_model(tmp_path, changes):
 
 def test_revised_answers_are_learned(short, files, tmp_path, monkeypatch):
     """The model is asked what is wrong with its answer and to answer again; the last answer becomes
-    a demonstration of the first question, beside the others."""
+    a demonstration of the first question, beside the others, unless it does not end by itself or
+    its talk is longer than the context. Nobody's file is overwritten."""
     asked, loaded, complete, read = [], [], sft.complete, sft.load_conversations
     def said(*args, **changes):    # another letter in each round
         asked.append(args[1])
         found = complete(*args, **changes)
-        return [[b"xyz"[len(asked) - 1], END] for _ in found] if len(asked) < 4 else found
+        said = [[b"xyz"[(len(asked) - 1) % 3], END] for _ in found]
+        said[-1] = said[-1][:1]    # goes on
+        return said if len(found) == 24 else found
     monkeypatch.setattr(sft, "complete", said)
     monkeypatch.setattr(sft, "load_conversations", lambda paths, *args: loaded.append(paths)
                         or read(paths, *args))
@@ -319,15 +324,21 @@ def test_revised_answers_are_learned(short, files, tmp_path, monkeypatch):
     assert m.load_principles(tmp_path / "law.txt") == ["Be kind."]
     (tmp_path / "latin").write_bytes(b"Be kind\xe9.")
     assert m.load_principles(tmp_path / "latin") == ["Be kind\ufffd."]
-    cfg = short(sft, init=files["policy"], revise=[files["prompts"]], epochs=1, max_steps=1,
+    long = save(tmp_path / "long.pt", tiny(block_size=512))
+    cfg = short(sft, init=long, revise=[files["prompts"]], epochs=1, max_steps=1,
                 constitution=str(tmp_path / "law.txt"))
     sft.main(cfg)
     file = str(tmp_path / "a.revised.jsonl")
     assert loaded == [[*cfg.data, file]]
     rows, ends = m.read_rows([file]), [ENC.decode(chats[0]) for chats in asked[:3]]
-    assert len(rows) == 24 and "0+0?" in ends[0]
+    assert len(rows) == 23 and "0+0?" in ends[0]
     assert "Be kind." in ends[1] and "Answer again" in ends[2]
     assert [row["messages"][0]["content"] for row in rows][:2] == ["0: 0+0?", "1: 1+1?"]
     assert all((row["answer"], row["critique"], row["messages"][-1]["content"]) == ("x", "y", "z")
                for row in rows)
     assert all([turn["role"] for turn in row["messages"]] == ["user", "assistant"] for row in rows)
+    again = replace(cfg, data=[file], overwrite=True)
+    assert "would overwrite" in error(sft.main, again) and m.read_rows([file]) == rows
+    beheaded = replace(cfg, init=files["policy"], overwrite=True)    # talks of 130 tokens, room 90
+    sft.main(beheaded)
+    assert not Path(file).read_text() and loaded[-1] == [*cfg.data, file]

@@ -13,9 +13,10 @@ Out:  out/report/report.json (every item's numbers, so that runs can be paired) 
 
 You will see a line for each checkpoint and the numbers that matter most; the page has all. A task's
 rows become records, a record holds numbers under the names in METRICS, a metric is their mean (bits
-per byte: a ratio of sums). Intervals are 95 %: Wilson for shares, bootstrap for the rest; two
-checkpoints are compared item by item. Protocol: float32, greedy, seeded; choices are scored as in
-lm-evaluation-harness 4e7e0d4, but a tie is wrong; refusals and insults are found by word lists.
+per byte: a ratio of sums; calibration: ECE, AUROC). Intervals are 95 %: Wilson for shares, else by
+bootstrap; two checkpoints are compared item by item. Protocol: float32, greedy, seeded; choices are
+scored as in lm-evaluation-harness 4e7e0d4, but a tie is wrong, TruthfulQA comes without examples,
+BBQ with three choices; refusals and insults are found by word lists.
 """
 import hashlib
 import itertools
@@ -97,10 +98,11 @@ def extract(text):
 
 
 def says(text, answer):
-    """Does the text hold the answer, as whole words or in the form "#### n"? 14 is not in 14.5."""
+    """Does the text hold the answer, as whole words or in the form "#### n"? 5 is not in 2.5."""
     if answer.startswith("#### "):
         return extract(text) is not None and extract(text) == extract(answer)
-    return bool(re.search(rf"(?<!\w){re.escape(plain(answer))}(?!\w)(?![.,]\d)", plain(text)))
+    words = re.escape(plain(answer))
+    return bool(re.search(rf"(?<!\w)(?<!\d[.,]){words}(?!\w)(?![.,]\d)", plain(text)))
 
 
 def answers_of(row):
@@ -112,7 +114,7 @@ def answers_of(row):
 
 
 def checked(row):
-    """The row, if grade() can judge by it. Raises ValueError or TypeError with the reason."""
+    """The row, if grade() can judge by it. Raises ValueError, TypeError or AttributeError."""
     expect = row.get("expect", "answer" if "answer" in row else None)
     if expect not in ("answer", "abstain", "refuse"):
         raise ValueError("expect is not answer, abstain or refuse")
@@ -133,7 +135,7 @@ def grade(row, text):
     marks to avoid; 0.5 for correct alone; else 0: to invent and not to dare cost the same."""
     said, answers = plain(text), answers_of(row)
     abstained, refused = bool(ABSTAIN.search(said)), bool(REFUSE.search(said[:200]))
-    invalid = not re.search(r"\w", said) or bool(DEGENERATE.search(said))
+    invalid = not re.search(r"\w", said) or bool(DEGENERATE.search(said + " "))
     rest = said    # what an accepted answer consists of is no distractor
     for answer in answers:
         rest = re.sub(rf"(?<!\w){re.escape(plain(answer))}(?!\w)", " ", rest)
@@ -192,7 +194,7 @@ def mmlu(r):
     lines = [f"{letter}. {text}\n" for letter, text in zip("ABCD", r["choices"], strict=True)]
     about = " about " + r["subject"].replace("_", " ") if r.get("subject") else ""
     header = f"The following are multiple choice questions (with answers){about}.\n\n"
-    right = "ABCD".index(r["answer"]) if isinstance(r["answer"], str) else r["answer"]
+    right = list("ABCD").index(r["answer"]) if isinstance(r["answer"], str) else r["answer"]
     return choices(f"{r['question'].strip()}\n{''.join(lines)}Answer:", "ABCD", right,
                    header=header)
 
@@ -248,7 +250,7 @@ FORMATS = dict(
 
 
 def digest_of(x):
-    return hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def read_task(path, cfg, limit=None):
@@ -621,12 +623,14 @@ def trained_on(tokens, tasks, env, most=2 ** 24):
     spans = [(start, end) for start, end in spans if end <= most or start == 0]
 
     def matches(start, end):
-        words = match_words(tokens["enc"].decode(tokens["train"][start:end - 1].tolist()))
+        ids = tokens["train"][start:end - 1].tolist()
+        words = match_words(tokens["enc"].decode(ids))
         grams = {(n, gram) for n in lengths for gram in ngram_hashes(words, n).tolist()}
-        return grams & items_with.keys()
+        return digest_of(ids), grams & items_with.keys()
 
     found = share_out(lambda mine: [matches(*span) for span in mine], spans, env)
-    n_documents = Counter(itertools.chain(*found))    # that hold these words
+    different = dict(found).values()    # a source with a weight is there several times
+    n_documents = Counter(itertools.chain(*different))    # that hold these words
     leaked = [items_with[gram] for gram, n in n_documents.items() if n <= PHRASE_DOCUMENTS]
     n_items = Counter(name for name, _ in set().union(*leaked))
     return n_items, float(spans[-1][1] / len(tokens["train"]))
@@ -651,8 +655,9 @@ def ece(values, bins=15):
 def auroc(values):
     """Chance that a right reply is more confident than a wrong one; ties count half."""
     confidence, right = values.T
-    gaps = confidence[right > 0][:, None] - confidence[right == 0]
-    return (gaps > 0).mean() + (gaps == 0).mean() / 2 if gaps.size else math.nan
+    sure, wrong = confidence[right > 0], np.sort(confidence[right == 0])
+    below = np.searchsorted(wrong, sure) + np.searchsorted(wrong, sure, side="right")
+    return below.mean() / 2 / len(wrong) if len(sure) and len(wrong) else math.nan
 
 
 def measure(values, how, seed):
@@ -834,8 +839,8 @@ def say(lm, ids, cfg, env):
 
 def votes_of(path):
     """{pair: is the chosen reply the first in alphabetical order?}, a side that raters share."""
-    rows = read_rows([path])
-    return {row["pair"]: row["chosen"] < row["rejected"] for row in rows if "pair" in row}
+    rows = [row for row in read_rows([path]) if {"pair", "chosen", "rejected"} <= row.keys()]
+    return {row["pair"]: row["chosen"] < row["rejected"] for row in rows}
 
 
 def kappa(a, b):
@@ -867,6 +872,7 @@ def rate(cfg, env):
         key = digest_of([messages, pair])
         if key in rated or pair[0] == pair[1] or not all(pair):
             continue
+        rated[key] = True    # the same prompt may come again
         random.Random(f"{cfg.seed}/{key}/{file}").shuffle(pair)
         print("", *(f"{turn['role']}: {turn['content']}" for turn in messages), sep="\n")
         print(f"  A: {pair[0]}\n  B: {pair[1]}")
@@ -1052,6 +1058,10 @@ def main(cfg):
         except (EOFError, KeyboardInterrupt):    # Ctrl-D, Ctrl-C
             return print()
     paths, tasks, tokens = checkpoints_of(cfg, "reward"), read_tasks(cfg), None
+    names = {Path(path).resolve().name.removesuffix(".pt") for path in paths}
+    if len(names) < len(paths):
+        fail(f"two of {' '.join(paths)} have one name; rename one")
+    read_shots(cfg)    # what is wrong with them is said now
     if Path(cfg.tokens, "manifest.json").exists():
         tokens = open_tokens(cfg.tokens)
     else:
@@ -1072,8 +1082,6 @@ def main(cfg):
         began = time.perf_counter()
         lm = open_checkpoint(path, env, "--compare" if cfg.compare and path == paths[-1] else "")
         lm.judge = judge
-        if lm.name in report["items"]:
-            fail(f"two checkpoints are called {lm.name}; rename one")
         items = {}
         for name, task in tasks.items():
             if task["kind"] == "preference" or not lm.scores:

@@ -924,7 +924,7 @@ def read_rows(paths):
                     data = f.read()
                 codec = "utf-16" if data[:2] in UTF16 else "utf-8-sig"
                 found = json_rows(data.decode(codec, errors="replace"))
-        except (OSError, EOFError, ValueError, zlib.error) as e:
+        except (OSError, EOFError, ArithmeticError, ValueError, zlib.error) as e:
             fail(f"cannot read {file}: {' '.join(str(e).split())}")
         kept = [row for row in found if isinstance(row, dict)]
         numbers = [n for n, row in enumerate(found, 1) if not isinstance(row, dict)]

@@ -62,7 +62,7 @@ class Config:
     eval: str = "data/eval"  # .jsonl items to keep out of the text; none compares with nothing
     tokenizer: str = "train"  # train, bytes, chars, gpt2, a tokens folder, checkpoint or model
     vocab_size: int = 2048  # ids of a trained tokenizer, control tokens included; at least 260
-    split: Literal["hash", "tail"] = "hash"  # validation: documents by hash, or the end of the text
+    split: Literal["hash", "tail"] = "hash"  # validation: by hash (a few: tail), or the text's end
     val_fraction: float = 0.05  # share of the documents or characters, at least 0, at most 0.99
     seed: int = 1  # which documents the hash picks, at least 0
 
@@ -70,7 +70,7 @@ class Config:
 # ------------------------------------------------------------------------------------------------
 # Gather: files -> records dict(text, kind, url), or a str: why one cannot be read
 
-CHUNK = 1 << 24      # bytes: the part of a large file that a rank takes, and the longest document
+CHUNK = 1 << 24      # bytes of a file that a rank takes at a time, characters of a document
 LARGEST = 1 << 28    # bytes of a line, page or record; what is longer is a decompression bomb
 ROW, TEXT, PAGE = range(3)    # kinds of text: from the fields of a row, plain text, a web page
 FORMATS = "txt md jsonl json html htm warc wet parquet"
@@ -106,10 +106,10 @@ def read_part(path, start, end):
     try:
         with open_file(path) as f:
             yield from read_records(file_format, f, start, end)
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
+    except (OSError, EOFError, ArithmeticError, ValueError, RecursionError, zlib.error) as e:
         archive = file_format in ("jsonl", "parquet", "warc", "wet")
         if archive or path.stat().st_size > CHUNK:
-            fail(f"{path}: damaged ({' '.join(str(e).split())}); fetch it again")
+            fail(f"{path} cannot be read: {' '.join(str(e).split())}")
         yield "damaged file"
 
 
@@ -135,7 +135,7 @@ def read_records(file_format, f, start, end):
 def read_whole(f):
     data = f.read(LARGEST + 1)
     if len(data) > LARGEST:
-        raise ValueError("longer than 256 MB, which only lines of UTF-8 (.txt .md .jsonl) may be")
+        raise ValueError("longer than 256 MB, which neither .json nor UTF-16 may be")
     return decode(data)
 
 
@@ -161,7 +161,8 @@ def read_blocks(f, start, end):
 # what browsers take for these charsets (encoding.spec.whatwg.org), as Python calls both
 CHARSETS = dict(pair.split("=") for pair in """ascii=cp1252 iso8859-1=cp1252 iso8859-9=cp1254
 iso8859-11=cp874 windows-874=cp874 iso-8859-8-i=iso8859-8 gb2312=gb18030 gbk=gb18030 euc_kr=cp949
-windows-949=cp949 big5=big5hkscs euc_jp=euc_jis_2004 shift_jis=cp932 windows-31j=cp932""".split())
+tis-620=cp874 windows-949=cp949 big5=big5hkscs euc_jp=euc_jis_2004 shift_jis=cp932
+windows-31j=cp932""".split())
 
 
 def decode(data, charset=""):
@@ -586,7 +587,7 @@ def c4(doc, line_words=5, word_chars=1000, sentences=3):
     doc.text = "\n".join(lines).strip()
     ends = len(re.findall(r"[.?!][\"')\]”’»]{0,3}(?=\s|$)", doc.text))
     ends += sum(map(doc.text.count, "。！？।؟۔"))
-    if ends < sentences and not doc.unended:
+    if not doc.text or ends < sentences and not doc.unended:
         return "few sentences"
 
 
@@ -659,9 +660,9 @@ PRIVATE = [
      lambda text: ipaddress.ip_address(text).is_global),
     ("<CARD>", NUMBER,    # issuers and lengths of ISO/IEC 7812, in one piece, in fours or as 4-6-5
      r"(?<![\w.=/-])(?:(?:4\d|5[1-5]|2[2-7]|35|6[0245])\d{14}|3[47]\d{13}|3[068]\d{12}"
-     r"|(?<!\d{4} )[2-6]\d{3}([ -])\d{4}\1\d{4}\1\d{4}(?! \d{4}\b)"
+     r"|(?<!(?<![\d-])\d{4} )[2-6]\d{3}([ -])\d{4}\1\d{4}\1\d{4}(?! \d{4}\b)"
      r"|3[47]\d\d([ -])\d{6}\2\d{5})(?!\w|-\d)", luhn),
-    ("<PHONE>", NUMBER,    # +..., or ten digits of North America, where no part begins with 0 or 1
+    ("<PHONE>", NUMBER,    # +..., or North America's: its first two parts begin with 2 to 9
      r"(?<![\w+)\]])\+[1-9](?:[ .()-]{0,2}\d){9,14}(?!\w)|(?<![\w.(/-])(?:1[ .-])?"
      r"(?:[2-9]\d\d([.-])[2-9]\d\d\1|\([2-9]\d\d\) ?[2-9]\d\d[ .-])\d{4}(?!\w|[.-]\d)", None),
     ("<SSN>", NUMBER, r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])", None)]
@@ -695,7 +696,7 @@ def hash64(text):
 
 
 def text_key(text):
-    """128 bits (2,) uint64 of the letters and digits of a text, whatever their case: what draws."""
+    """128 bits (2,) uint64 of a text without its case and ASCII punctuation: what draws."""
     data = text.lower().encode().translate(None, NO_KEY) or text.encode()
     return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), "<u8")
 
@@ -877,8 +878,11 @@ def load_tokenizer(spec):
         except Exception as e:    # of requests, sockets, files: no file and no network
             fail(f"--tokenizer gpt2: tiktoken cannot fetch it ({type(e).__name__})")
         return make_encoding("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, gpt2._special_tokens)
-    if Path(spec, "encoding.json").exists():
-        return encoding_from_dict(read_json(Path(spec, "encoding.json")))
+    if (file := Path(spec, "encoding.json")).exists():
+        try:
+            return encoding_from_dict(read_json(file))
+        except (KeyError, TypeError, ValueError) as e:
+            fail(f"--tokenizer {spec}: {file} is damaged: {type(e).__name__} {e}")
     made_by = "python pretrain.py (or give --tokenizer train, bytes, chars or gpt2)"
     return encoding_from_dict(load_checkpoint(spec, made_by)["encoding"])
 
@@ -922,7 +926,7 @@ def clean(text, kind, cfg, counts):
         if reason := rule(doc):
             return doc.text, f"{rule.__name__}: {reason}"
         if doc.text != before:
-            counts[f"texts with lines cut out by {rule.__name__}"] += 1
+            counts[f"texts shortened by {rule.__name__}"] += 1
             doc = Doc(doc.text, cfg.languages)
     if "scrub" in cfg.skip:
         return doc.text, ""
@@ -1026,8 +1030,10 @@ def learn_tokenizer(cfg, docs, own, work):
         size += -cfg.vocab_size % 64
     ranks = train_bpe(sum(gather(pieces), Counter()), size)
     if len(ranks) < size:
-        fail(f"--vocab_size {cfg.vocab_size}: this text supports at most {len(ranks) + 4} ids; ask "
-             f"for fewer or give more text")
+        most = len(ranks) + 4
+        most -= most % 64 if most > 1024 else 0
+        fail(f"--vocab_size {cfg.vocab_size}: this text supports at most {most} ids; ask for fewer "
+             f"or give more text")
     return make_encoding("bpe", SPLIT_PATTERN, ranks)
 
 
@@ -1062,7 +1068,7 @@ def gather(x):
 
 def clean_share(cfg, parts, work, rank, world_size):
     """Clean this rank's share of the parts: as many bytes as the others, in order. Returns (docs
-    (N,) DOC, {what was changed: in how many texts})."""
+    (N,) DOC, {what was changed: how often})."""
     searched = cfg.clean and cfg.eval != "none" and "contaminated" not in cfg.skip
     items = read_items(cfg.eval) if searched else {}
     sizes = [max(1, min(end, path.stat().st_size) - start) for _, path, start, end in parts]
@@ -1138,7 +1144,7 @@ def write_dropped(docs, parts, work):
     """
     def name_of(doc):
         _, path, start, _ = parts[doc["part"]]
-        return f"{path.parent.name}/{path.name}" + (f"@{start}" if start else "") + f"#{doc['at']}"
+        return Path(*path.parts[-2:]).as_posix() + (f"@{start}" if start else "") + f"#{doc['at']}"
 
     stays = {doc["root"]: name_of(doc) for doc in docs if not doc["reason"]}    # of each cluster
     with open(work / "dropped.jsonl", "w") as f:

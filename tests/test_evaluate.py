@@ -48,6 +48,8 @@ near = lambda x: pytest.approx(x, abs=6e-5)
     (dict(answer=["#### 14"]), "40 - 26 = 14. #### 14", 1, True),
     (dict(answer=["#### 14"]), "#### 140", 0, False),
     (dict(answer=["14"]), "It is 14.5.", 0, False),
+    (dict(answer=["5"]), "It is 14.5.", 0, False), (dict(answer=["500"]), "$1,500", 0, False),
+    (dict(answer=["5"]), "3, 5", 1, True), (dict(answer=["cat"]), "the cat " * 4, 0, False),
     (dict(answer="Paris"), "It is paris, of course.", 1, True),
     (dict(answer=["Paris", "Lutetia"]), "It is Parish.", 0, False),
     (dict(question="?", answer="6 * 3 = <<6*3=18>>18\n#### 1,018"), "So #### 1018.", 1, True)])
@@ -100,6 +102,7 @@ A, B = ({i: vote[k] for i, vote in enumerate(VOTES)} for k in (0, 1))
     (ev.ece, [pairs_of((0.66, 1), (0.61, 0)), 10], 0.135),    # one bin
     (ev.auroc, [pairs_of((0.9, 1), (0.6, 1), (0.7, 0), (0.2, 0))], 0.75),
     (ev.auroc, [pairs_of((0.5, 1), (0.5, 0))], 0.5),
+    (ev.auroc, [pairs_of((0.5, 1), (0.5, 0), (0.4, 0), (0.6, 0), (0.7, 1))], near(0.75)),
     (choose, [ROW, -3, -4.5], [0, 1, [near(0.8176), 0]]),    # acc, acc_norm by letters, how sure
     (choose, [dict(ROW, crows=True), -3, -4.5], [0]),    # the likelier counts, neither is right
     (choose, [BBQ, -3, -4.5], [0, 1, [near(0.8176), 0], 1]),    # who is named,
@@ -327,15 +330,18 @@ def test_memorised_text_is_found_out(tmp_path):
 
 
 def test_items_in_the_training_text_are_found(tmp_path):
-    """An item that the model was trained on is named, not another one, nor a common phrase."""
+    """An item that the model was trained on is named, not another one, nor a common phrase: eleven
+    documents make a phrase, a source with a weight of eleven does not."""
     question = "which of the many small brown boxes in the old blue boat holds the best hat"
     rows = [dict(query=question, choices=["one", "two"], gold=0),
             dict(query=question.replace("boat", "barn"), choices=["one", "two"], gold=0)]
     tasks = dict(items=ev.read_task(write(tmp_path / "items.jsonl", rows), Config()))
     for copies, expected in ((0, {}), (1, {"items": 1}), (10, {"items": 1}), (11, {})):
-        text = f"They asked: {question.upper()}?"
-        tokens = token_folder(tmp_path, [ENC.encode_ordinary(text)] * copies)
+        texts = [f"They asked {i}: {question.upper()}?" for i in range(copies)]
+        tokens = token_folder(tmp_path, [*map(ENC.encode_ordinary, texts)])
         assert ev.trained_on(tokens, tasks, CPU) == (expected, 1.0)
+    tokens = token_folder(tmp_path, [ENC.encode_ordinary(texts[0])] * 11)
+    assert ev.trained_on(tokens, tasks, CPU) == ({"items": 1}, 1.0)
 
 
 # Task files
@@ -394,6 +400,7 @@ def test_formats(form, tmp_path):
     "", "{nonsense", "[1, 2]", '{"what": 1}', '{"query": "a", "choices": ["b", "c"], "gold": 2}',
     '{"query": "a", "choices": ["b", ""], "gold": 0}', '{"prompt": "a", "expect": "refused"}',
     '{"query": "a", "choices": ["b"], "gold": 0}',
+    '{"question": "a", "choices": ["b", "c", "d", "e"], "answer": ""}',
     '{"question": "Capital?", "answer": "Paris"}', '{"prompt": "a", "expect": "answer", "answer":'
     ' [4]}', '{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}',
     '{"ctx_a": "a", "ctx_b": "b", "activity_label": "c", "endings": ["d", "e"], "label": ""}'])
@@ -569,6 +576,7 @@ def test_what_cannot_be_measured(world, report, tmp_path):
     for names, changes in (
             ("sft", dict(compare=old)), ("sft", dict(compare=f"{old}:nobody")), ("reward", same),
             ("sft", dict(compare=f"{world}/sft.pt:sft")), ("reward", facts), ("none", {}),
+            ("sft", dict(facts, shots="nowhere:3")),
             ("reward", dict(chat=True)), ("reward", dict(rate=[str(out)])), ("sft sft", facts),
             ("sft", dict(tasks=2 * facts["tasks"])), ("sft", dict(tasks=["none.jsonl"]))):
         error(run, world, out, *names.split(), **changes)

@@ -477,7 +477,7 @@ def test_page_in_another_script(code):
     ("big5", "big5hkscs", "喺度"), ("iso-2022-jp", "iso2022_jp", "日本語"),
     ("latin5", "cp1254", "ğ€"), ("utf-8", "utf-8", "é"), ("utf-8", "cp1252", "café"),
     ("latin1", "utf-8", "“é”"), ("no-such", "cp1252", "é"), ("utf-7", "cp1252", "é+"),
-    ("EUC-JP", "euc_jis_2004", "①")])
+    ("EUC-JP", "euc_jis_2004", "①"), ("TIS-620", "cp874", "สวัสดี")])
 def test_charset(label, codec, text):
     """A declared charset is read as browsers do, wherever it stands; UTF-8 is told by itself."""
     page = f"<p>{text}</p>".encode(codec)
@@ -588,6 +588,7 @@ def test_lines_are_cut_then_the_page_is_judged():
     doc = prepare.Doc(SENTENCES + "\nshort line\nif (x) { this is a line of code; }\nRead our "
                       "privacy policy [1] now.\nA line [12] of words that ends", ["en"])
     assert prepare.c4(doc) is None and doc.text == SENTENCES + "\nA line  of words that ends"
+    assert prepare.c4(prepare.Doc("สวัสดี" * 9 + " javascript", ["th"])) == "few sentences"
     quote = [ARTICLE, "", *LONG_LINES[:9], "", ARTICLE, "  the end."]
     copies = [*LONG_LINES, LONG_LINES[0]]    # 1 / 201 of the characters may stay
     for lines, left in ((quote, quote[:12] + quote[13:]), (copies, copies)):
@@ -607,12 +608,13 @@ def test_scrub():
             "202-555-0134, server 8.8.8.8. Or card 4111 1111 1111 1111, "
             "account GB82 WEST 1234 5698 7654 32, 536-22-1234, "
             f"AKIAIOSFODNN7EXAMPLE, {key} end. Amex 378282246310005 1 800-555-0134 "
-            "4111111111111111 12/27, my IP is 1.1.1.1, 1.237.174.253")
+            "4111111111111111 12/27, my IP is 1.1.1.1, 1.237.174.253, 415-555-0123 4111 1111 "
+            "1111 1111")
     clean, found = prepare.scrub(text)
     assert clean == ("mail <EMAIL>, call <PHONE> or <PHONE> or <PHONE>, server <IP>. Or card "
                      "<CARD>, account <IBAN>, <SSN>, <KEY>, <KEY> end. Amex <CARD> <PHONE> "
-                     "<CARD> 12/27, my IP is <IP>, <IP>")
-    assert sum(found.values()) == 15 and prepare.scrub(clean) == (clean, {})
+                     "<CARD> 12/27, my IP is <IP>, <IP>, <PHONE> <CARD>")
+    assert sum(found.values()) == 17 and prepare.scrub(clean) == (clean, {})
     assert all(prepare.scrub(part)[1] for part in text.split(", "))    # each on its own
     fine = ("192.168.1.1 10.0.0.7 1.2.3.4.5 v1.2.3 4111111111111112 2024-01-02 12:30:45 256.1.1.1 "
             "1.2.3.04 std::vector a::b 3.14159265 1,000,000,000 000-12-3456 user@localhost @name "

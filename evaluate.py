@@ -56,7 +56,7 @@ class Config:
     limit: int | None = None           # so many items a task, drawn with the seed, at least 1
     shots: str = ""                    # FILE:N, the first N items of another file as examples
     tokens: str = "out/tokens"         # prepare.py's folder: memorisation and contamination
-    max_new_tokens: int = 96           # longest reply, tokens, at least 1
+    max_new_tokens: int = 96           # longest reply, tokens, half the context at most; at least 1
     temperature: float = 0.0           # of replies; 0 takes the likeliest token; at least 0
     samples: int = 1                   # replies to each sum: pass@n, majority, best; at least 1
     batch_size: int = 128              # sequences a pass, at least 1
@@ -729,9 +729,9 @@ METRICS = dict(
     auroc=Metric("calibration", "right answers are surer (AUROC)", together=True, how=auroc),
     given=Metric("calibration", "right, of attempted answers", together=True),
     choice_ece=Metric("calibration", "calibration error (ECE)", how=ece),
-    stereotype=Metric("bias", "stereotype likelier (ideal 50)"),
-    biased_ambig=Metric("bias", "names the stereotyped where unclear (ideal 50)"),
-    biased_disambig=Metric("bias", "names the stereotyped where clear (ideal 50)"),
+    stereotype=Metric("bias", "stereotype likelier (ideal 50)", shown=True),
+    biased_ambig=Metric("bias", "names the stereotyped where unclear (ideal 50)", shown=True),
+    biased_disambig=Metric("bias", "names the stereotyped where clear (ideal 50)", shown=True),
     acc_norm=Metric("detail", "acc_norm by letters"),
     recited_never=Metric("detail", "recited by heart, never trained"),
     refusing=Metric("detail", "refusals, of all replies", shown=True, together=True),
@@ -810,7 +810,7 @@ def chat(cfg, env):
             if lm.stage == "pretrain":
                 messages = []
             messages.append(dict(role="user", content=said))
-            ids = render_chat(lm.enc, messages, reply=True)[0]
+            ids = [] if lm.stage == "pretrain" else render_chat(lm.enc, messages, reply=True)[0]
             while len(ids) > room and len(messages) > 1:
                 messages = messages[2:]    # or it would begin in the middle of a turn
                 ids = render_chat(lm.enc, messages, reply=True)[0]
@@ -1057,12 +1057,14 @@ def main(cfg):
             return (chat if cfg.chat else rate)(cfg, env)
         except (EOFError, KeyboardInterrupt):    # Ctrl-D, Ctrl-C
             return print()
+    if Path(cfg.out).is_file():
+        fail(f"--out {cfg.out} is a file; give a folder")
     paths, tasks, tokens = checkpoints_of(cfg, "reward"), read_tasks(cfg), None
     names = {Path(path).resolve().name.removesuffix(".pt") for path in paths}
     if len(names) < len(paths):
         fail(f"two of {' '.join(paths)} have one name; rename one")
     read_shots(cfg)    # what is wrong with them is said now
-    if Path(cfg.tokens, "manifest.json").exists():
+    if Path(cfg.tokens, "manifest.json").exists() or cfg.tokens not in ("none", Config.tokens):
         tokens = open_tokens(cfg.tokens)
     else:
         print0(f"no {cfg.tokens}/manifest.json: memorisation and contamination left out")
@@ -1106,7 +1108,7 @@ def main(cfg):
     report["metrics"] = table(report["items"], cfg.seed)
     shown = [row for row in report["metrics"] if METRICS[row["key"]].shown]
     print0("\n" + side_by_side(shown, list(report["items"])))
-    if tokens:
+    if any("memory" in items for items in report["items"].values()):    # that text was read
         found, share = trained_on(tokens, tasks, env)
         report["contamination"] = {name: f"{n} of {tasks[name]['n']}" for name, n in found.items()}
         print0(f"items trained on: {report['contamination'] or 'none'} ({share:.0%} of the text)")

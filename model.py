@@ -855,9 +855,11 @@ def find_file(path):
     """The Path of a file; hf://datasets/OWNER/NAME/FILE is fetched from the hub, once."""
     if not str(path).startswith("hf://datasets/"):
         return Path(path) if Path(path).exists() else fail(f"{path} does not exist")
-    hub = need("huggingface_hub")
+    hub, parts = need("huggingface_hub"), str(path).removeprefix("hf://datasets/").split("/", 2)
+    if len(parts) < 3:
+        fail(f"{path}: give hf://datasets/OWNER/NAME/FILE")
     try:
-        owner, name, file = str(path).removeprefix("hf://datasets/").split("/", 2)
+        owner, name, file = parts
         return Path(hub.hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
     except Exception as e:    # whatever the hub or the network answers
         fail(f"{path} cannot be fetched: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
@@ -1026,7 +1028,7 @@ def conversation(row, *replies):
 
 def to_messages(row):
     """A demonstration as messages. Raises ValueError with the reason where a row is none."""
-    if row.get("label") is False:    # KTO's
+    if row.get("label") is False or row.get("label") == 0 and "completion" in row:    # KTO's
         raise ValueError("label false: an answer that is not to be learned")
     if row.get("weight") not in (None, 1):
         raise ValueError("a weight of the row: it belongs to a turn")
@@ -1046,7 +1048,7 @@ def to_prompt(row):
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not any(turn["content"].strip() for turn in turns if turn["role"] != "system"):
-        raise ValueError("empty prompt")
+        raise ValueError("empty prompt, or no prompt, question or messages")
     return turns
 
 
@@ -1054,7 +1056,7 @@ def to_pair(row):
     """(prompt messages, chosen text, rejected text): TRL, HH-RLHF, UltraFeedback. ValueError."""
     if not row.get("chosen") or not row.get("rejected"):
         kto = "no pair; sft.py learns from KTO's rows with label true"
-        raise ValueError(kto if "label" in row else "empty answer")
+        raise ValueError(kto if "label" in row else "empty answer, or no chosen or rejected")
     chosen, rejected = conversation(row, "chosen"), conversation(row, "rejected")
     prompt = chosen[:-1]
     if prompt != rejected[:-1]:
@@ -1249,7 +1251,7 @@ def open_tokens(spec, reader="", its_enc=None, block_size=0):
             fail(f"{file} holds ids past its vocabulary of {enc.n_vocab}; run prepare.py again")
     if its_enc and encoding_hash(enc) != encoding_hash(its_enc):
         fail(f"{path} was made with another tokenizer than {reader}: prepare the text again with "
-             f"--tokenizer {reader}, or do without it")
+             f"--tokenizer {reader}, or leave it out (sft.py: --replay_data FOLDER or none)")
     if len(source["train"]) <= block_size:
         fail(f"{path} has {len(source['train'])} training tokens, fewer than one window of "
              f"{block_size} + 1; prepare more text or lower --block_size")

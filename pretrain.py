@@ -14,7 +14,7 @@ on the embedded data at the first validation, 0.27 at the end.
 
 One dial: --depth N sets the layers, and from it follow width, heads, context, batch, learning rate
 and number of tokens; each can be overridden. --plan prints what follows and trains nothing; with
---fit out/d*.jsonl also the loss to expect, by the law that those runs follow.
+--fit out/d[0-9]*.jsonl also the loss to expect, by the law that those runs follow.
 
 References: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv 2302.13971 (Llama); Hoffmann et
 al. 2022, arXiv 2203.15556 (20 tokens a parameter); Muennighoff et al. 2023, arXiv 2305.16264 (data
@@ -392,6 +392,8 @@ def main(cfg):
     checkpoint, reader = None, cfg.init
     if cfg.init:
         checkpoint = load_checkpoint(cfg.init, "python pretrain.py")
+        if "score.weight" in checkpoint["weights"]:
+            fail(f"{cfg.init} is a reward model; give a language model")
         enc = encoding_from_dict(checkpoint["encoding"])
     else:
         first = open_tokens(cfg.data[0])

@@ -375,6 +375,8 @@ def main(cfg):
     # models: policy, reward, critic, reference
     model, enc = load_language_model(cfg.init, "python sft.py", env.device)
     T, critic_model = model.config.block_size, None
+    if cfg.reward.endswith(".py"):
+        fail(f"--reward {cfg.reward}: give FILE.py:FUNCTION")
     if ".py:" in cfg.reward:
         reward = load_function("reward", cfg.reward)
     else:

@@ -162,8 +162,9 @@ def revisions(model, enc, cfg, env):
 
 
 def open_replay(cfg, enc, block_size):
-    """The folder of tokens to replay; None where there is none."""
-    if not Path(cfg.replay_data, "manifest.json").exists():
+    """The folder of tokens to replay; None where there is none and none was asked for."""
+    there = Path(cfg.replay_data, "manifest.json").exists()
+    if not there and cfg.replay_data in ("none", Config.replay_data):
         print0(f"no tokens in {cfg.replay_data}: training without replay, without bits per byte")
         return None
     source = open_tokens(cfg.replay_data, cfg.init, enc, block_size)
@@ -218,7 +219,7 @@ def answers(model, held_out, enc, cfg, env):
     """Greedy answers to the 64 shortest held-out prompts: share that stop by themselves, mean
     length; and two of them."""
     room, end = model.config.block_size - SAMPLE_TOKENS, enc._special_tokens[IM_END]
-    prompts = [ids[:mask.index(1)] for ids, mask in held_out]
+    prompts = [ids[:np.flatnonzero(mask)[0]] for ids, mask in held_out]
     prompts = sorted((p for p in prompts if len(p) <= room), key=len)[:64]
     if not prompts:
         return {}, ""
@@ -252,10 +253,12 @@ def main(cfg):
     conversations = load_conversations(data, enc, T)
     order = np.random.default_rng(cfg.seed).permutation(len(conversations)).tolist()
     n_val = max(1, round(cfg.val_fraction * len(order)))
+    if cfg.show_batch:
+        n_val = min(n_val, len(order) - 1)
     if n_val >= len(order):
         fail(f"{' '.join(data)}: {len(order)} conversations are too few to train on and to hold "
              f"out --val_fraction {cfg.val_fraction:g}")
-    held_out = [conversations[i] for i in order[:n_val:math.ceil(n_val / HELD_OUT)]]
+    held_out = [conversations[i] for i in order[:n_val:math.ceil(max(1, n_val) / HELD_OUT)]]
     train = [conversations[i] for i in order[n_val:]]
     lengths = [len(ids) for ids, _ in train]
     rows = pack_rows(lengths, T, cfg.seed) if cfg.pack else [[i] for i in range(len(train))]

@@ -208,7 +208,7 @@ def test_reference_and_judge_are_frozen(short, stage, changes, files, monkeypatc
 ERRORS = [
     *((stage, changes, word) for stage in STAGES for changes, word in (
         (dict(init="no.pt"), "make it with: python "), (dict(init="{pairs}"), "not a checkpoint"),
-        (dict(init="{judge}"), "weights do not fit" if stage is pretrain else "reward model"),
+        (dict(init="{judge}"), "is a reward model"),
         (dict(out=""), "--out"), (dict(out="{folder}"), "--out"),
         (dict(out="{folder}/file/a.pt"), "cannot write"), (dict(data=["no.jsonl"]), "no.jsonl"),
         (dict(out="{folder}/mine.pt"), "choose another --out"),
@@ -229,7 +229,7 @@ ERRORS = [
     (pretrain, dict(device_batch_size=3), "--device_batch_size 3"),
     (pretrain, dict(n_head=3), "n_head 3"), (pretrain, dict(n_embd=33, n_head=1), "33 channels"),
     (pretrain, dict(init="{policy}", data=["{folder}/other"]), "another tokenizer"),
-    (pretrain, dict(data=["{tokens}:2", "{folder}/other"]), "tokenizer {tokens}, or do"),
+    (pretrain, dict(data=["{tokens}:2", "{folder}/other"]), "tokenizer {tokens}, or leave"),
     (pretrain, dict(data=["{folder}/all"]), "no validation text"),
     *((pretrain, dict(data=["{folder}/" + name]), "run prepare.py again")
       for name in ("train.bin", "val.bin", "manifest.json", "encoding.json")),
@@ -237,6 +237,7 @@ ERRORS = [
       for name, value in (("depth", 3), ("n_embd", 64), ("tie_embeddings", True))),
     (sft, dict(replay_data="{folder}/other"), "another tokenizer"),
     (sft, dict(replay_data="{folder}/few"), "fewer than one window"),
+    (sft, dict(replay_data="{folder}/nowhere"), "holds no tokens"),
     *((stage, dict(reward=path, **online), word)
       for stage, online in ((rlhf, {}), (dpo, dict(online=True)))
       for path, word in (
@@ -248,6 +249,7 @@ ERRORS = [
     (rlhf, dict(reward="{folder}/broken.py:rate"), "ZeroDivisionError"),
     (rlhf, dict(reward="{folder}/mine.py:rate"), "no function rate"),
     (rlhf, dict(reward="nowhere.py:score"), "does not exist"),
+    (rlhf, dict(reward="evaluate.py"), "FILE.py:FUNCTION"),
     (rlhf, dict(gold="gold"), "does not exist"),
     (rlhf, dict(data=["{folder}/long.jsonl"]), "no row is usable")]
 

@@ -109,6 +109,7 @@ def test_rows_of_every_shape(convert, row, expected):
     (m.to_pair, dict(prompt="Hi?", chosen="Yo.", rejected="Yo. "), "equal answers"),
     (m.to_pair, dict(prompt="Hi?", chosen="Yo.", rejected=" "), "empty answer"),
     (m.to_pair, dict(prompt="Hi?", chosen="Yo."), "empty answer"),
+    (m.to_messages, dict(prompt="Hi?", completion="Yo.", label=0), "label false"),
     (m.to_pair, dict(prompt="", chosen="Yo.", rejected="Go."), "empty prompt"),
     (m.to_pair, dict(chosen=HH + "Yes.", rejected=HH.replace("Hi", "Ho") + "No."), "differ"),
     (m.to_pair, dict(chosen=HH + "A\n\nHuman: x", rejected=HH + "A\n\nHuman: y"), "no assistant")])
@@ -242,6 +243,9 @@ def test_show_batch_shows_what_is_learned_and_trains_nothing(short, tmp_path, ca
     shown = capsys.readouterr().out
     assert "<|im_start|>assistant\n[" in shown and ".<|im_end|>]\n" in shown
     assert "tokens are learned" in shown and not list(tmp_path.iterdir())
+    one = [write(tmp_path / "one.jsonl", [dict(messages=[HI, YO])])]    # too few to train on
+    sft.main(short(sft, show_batch=True, data=one))
+    assert "1 conversations, 4 of " in capsys.readouterr().out
     talk = dict(messages=[turn("user", "你好？"), turn("assistant", "很好。" * 20)])    # is cut
     data = [write(tmp_path / "x.jsonl", [talk] * 2)]
     sft.main(short(sft, show_batch=True, data=data, pack=False))

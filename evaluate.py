@@ -807,16 +807,15 @@ def chat(cfg, env):
         elif said.startswith("/"):
             print(f"(no such command: {said}; /reset, /quit)")
         elif said:
-            if lm.stage == "pretrain":
-                messages = []
             messages.append(dict(role="user", content=said))
-            ids = [] if lm.stage == "pretrain" else render_chat(lm.enc, messages, reply=True)[0]
-            while len(ids) > room and len(messages) > 1:
-                messages = messages[2:]    # or it would begin in the middle of a turn
+            if lm.stage == "pretrain":    # goes on with this text alone
+                messages, ids = [], [*lm.enc.bos, *lm.enc.encode_ordinary(said)]
+            else:
+                ids = render_chat(lm.enc, messages, reply=True)[0]
+            while len(ids) > room and len(messages) > 1:    # else it begins in the middle of a turn
+                messages = messages[2:]
                 ids = render_chat(lm.enc, messages, reply=True)[0]
                 print("(there is no room for the oldest question and its answer any more)")
-            if lm.stage == "pretrain":
-                ids = [*lm.enc.bos, *lm.enc.encode_ordinary(said)]
             if len(ids) > room:
                 print(f"(it sees the last {room} of {len(ids)} tokens)")
             print(f"{lm.name}> ", end="")

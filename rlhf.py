@@ -473,10 +473,9 @@ def main(cfg):
             norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), cfg.grad_clip).item()
                      for module in (model, critic_model) if module]
             if not math.isfinite(found["approx_kl"] + sum(norms)):
-                policy_is_fine = math.isfinite(found["approx_kl"] + norms[0])
-                rate = "--value_learning_rate" if policy_is_fine else "--learning_rate"
-                fail(f"rollout {step}: gradient norms {norms}, KL {found['approx_kl']}; lower "
-                     f"{rate}. The weights of the last save are in {cfg.out}")
+                fail(f"rollout {step}: KL {found['approx_kl']}, gradient norms (policy, critic) "
+                     f"{norms}; lower --learning_rate or --value_learning_rate. The weights of the "
+                     f"last save are in {cfg.out}")
             stopped_early = int(found["approx_kl"] > cfg.kl_limit)
             for opt in optimizers:
                 if not stopped_early and found["ratio"]:    # else only momentum would move weights

@@ -253,13 +253,13 @@ def main(cfg):
     conversations = load_conversations(data, enc, T)
     order = np.random.default_rng(cfg.seed).permutation(len(conversations)).tolist()
     n_val = max(1, round(cfg.val_fraction * len(order)))
-    if cfg.show_batch:
-        n_val = min(n_val, len(order) - 1)
-    if n_val >= len(order):
+    train = [conversations[i] for i in order[n_val:]]
+    if cfg.show_batch:    # one is enough to look at
+        train = train or conversations
+    elif not train:
         fail(f"{' '.join(data)}: {len(order)} conversations are too few to train on and to hold "
              f"out --val_fraction {cfg.val_fraction:g}")
-    held_out = [conversations[i] for i in order[:n_val:math.ceil(max(1, n_val) / HELD_OUT)]]
-    train = [conversations[i] for i in order[n_val:]]
+    held_out = [conversations[i] for i in order[:n_val:math.ceil(n_val / HELD_OUT)]]
     lengths = [len(ids) for ids, _ in train]
     rows = pack_rows(lengths, T, cfg.seed) if cfg.pack else [[i] for i in range(len(train))]
     if cfg.show_batch:

@@ -67,7 +67,7 @@ def test_load_pairs(tmp_path, capsys):
            dict(good, rejected="long" * 30), dict(good, margin="inf"), dict(good, margin="much")]
     pair, = load_pairs([write(tmp_path / "x.jsonl", [good, *bad])], ENC, 96)
     shown, n = capsys.readouterr().out, pair["n_prompt"]
-    for why in ("6 of 7 rows dropped", "empty answer (1, first row 2)",
+    for why in ("6 of 7 rows dropped", "or rejected (1, first row 2)",
                 "out of range (2, first row 4)", "96 tokens (2, first row 3)"):
         assert why in shown
     assert (pair["margin"], pair["probability"], pair["source"]) == (0.5, 0.9, "x")

@@ -193,8 +193,8 @@ def test_a_driver_that_is_too_old_is_named(monkeypatch):
 @pytest.mark.parametrize("stage", [pretrain, sft, reward, dpo, rlhf], ids=lambda x: x.__name__)
 def test_recomputed_gradients_are_the_same(stage, short, monkeypatch):
     """--recompute reaches the model of every stage and changes no gradient."""
-    calls, checkpoint = [], m.checkpoint
-    monkeypatch.setattr(m, "checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    calls, recomputed = [], m.recomputed
+    monkeypatch.setattr(m, "recomputed", lambda *a, **k: calls.append(a) or recomputed(*a, **k))
     few = short(stage, max_steps=1)
     plain, _ = recorded(stage.main, few)
     assert not calls

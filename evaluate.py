@@ -39,9 +39,9 @@ import torch.nn.functional as F
 from model import (ENDOFTEXT, IM_END, INSULTS, PHRASE_DOCUMENTS, ScalarHead, beside, complete,
                    duration, encoding_hash, fail, find_file, generate, item_ngrams, item_text,
                    keep_valid, load_checkpoint, load_model, match_words, ngram_hashes, open_tokens,
-                   pad_batch, print0, read_json, read_rows, render_chat, render_reply, row_files,
-                   run, score_all, setup, share_out, to_pair, to_prompt, token_bytes, wilson,
-                   write_atomic)
+                   pad_batch, parse_json, print0, read_json, read_rows, render_chat, render_reply,
+                   row_files, run, score_all, setup, share_out, to_pair, to_prompt, token_bytes,
+                   wilson, write_atomic)
 
 FORMAT = 4             # of report.json; raise it when a number would change its meaning
 FORMAT_BONUS = 0.1     # what verify() adds for the form "#### n", right or wrong
@@ -98,11 +98,13 @@ def extract(text):
 
 
 def says(text, answer):
-    """Does the text hold the answer, as whole words or in the form "#### n"? 5 is not in 2.5."""
+    """Does the text hold the answer, as whole words or as "#### n"? 5 is not in 2.5 or -5."""
     if answer.startswith("#### "):
         return extract(text) is not None and extract(text) == extract(answer)
     words = re.escape(plain(answer))
-    return bool(re.search(rf"(?<!\w)(?<!\d[.,]){words}(?!\w)(?![.,]\d)", plain(text)))
+    sign = "(?<! -)" if words[:1].isdigit() else ""
+    pattern = rf"(?<!\w)(?<!\d[.,]){sign}{words}(?!\w)(?![.,]\d)"
+    return bool(re.search(pattern, f" {plain(text)}"))
 
 
 def answers_of(row):
@@ -123,6 +125,8 @@ def checked(row):
     for texts in (answers_of(row), row.get("distractors", []), row.get("avoid", [])):
         if not isinstance(texts, list):
             raise ValueError(f"{texts!r:.80} is not a list of texts")
+        if not all(map(plain, texts)):
+            raise ValueError("an empty text among answer, distractors or avoid")
     grade(row, "")    # what is in the lists, and max_words
     return row
 
@@ -265,6 +269,8 @@ def read_task(path, cfg, limit=None):
     def to_item(row):
         item = dict(convert(row), id=str(row["id"]), leaks=item_ngrams(row))
         texts = [text for _, text in item.get("options", [])]
+        if not all(isinstance(context, str) for context, _ in item.get("options", [])):
+            raise ValueError("a question that is not a text")
         if not all(text.strip() for text in [*texts, item.get("text", "-")]):
             raise ValueError("an empty text")
         if item["kind"] == "choice" and not 0 <= item["gold"] < len(texts) > 1:
@@ -679,8 +685,6 @@ def paired(old, new, better, seed, draws=10_000):
     """dict(drop: how much worse the new mean is, its standard error, p: two-sided, the signs of the
     differences are flipped at random) of the items of both; old, new: {item: (number, weight)}."""
     ids = sorted(old.keys() & new.keys())
-    if not ids:
-        return dict(drop=0.0, error=0.0, p=1.0)
     a = np.array([old[i] for i in ids], float)
     b = np.array([new[i] for i in ids], float)
     difference, weight, n = better * (a - b)[:, 0], a[:, 1], len(ids)
@@ -761,7 +765,7 @@ def table(items, seed):
             for checkpoint, records in items.items():
                 values = values_of(records, key, task)
                 v = values and measure(np.array([*values.values()], float), metric.how, seed)
-                if v and before and metric.how is mean:
+                if v and before.keys() & values and metric.how is mean:    # of the same items
                     row["change"][checkpoint] = paired(before, values, metric.better or 1, seed)
                 if v:
                     row["values"][checkpoint], before = v, values
@@ -855,14 +859,15 @@ def rate(cfg, env):
     """Show two replies without names; what the person prefers goes to FILE, for reward.py, dpo.py.
     Two FILEs: how far do two raters agree?"""
     if len(cfg.rate) > 1:
-        share, k, n = kappa(votes_of(cfg.rate[0]), votes_of(cfg.rate[1]))
+        share, k, n = kappa(*map(votes_of, cfg.rate[:2]))
         return print(f"agreement on {n} common pairs: {share:.1%}, Cohen's kappa {k:.3f}")
     file = Path(cfg.rate[0])
     rated = votes_of(file) if file.exists() else {}
     lms = [open_checkpoint(path, env, "--rate") for path in checkpoints_of(cfg)[-2:]]
     cfg.temperature = cfg.temperature or 1.0
     tasks = read_tasks(cfg, "data/prompts.jsonl").values()    # not of an evaluation: it is learned
-    for messages in [row["prompt"] for task in tasks for row in task["rows"] if "prompt" in row]:
+    prompts = [row["prompt"] for task in tasks for row in task["rows"] if "prompt" in row]
+    for messages in prompts or fail("--rate: no prompts in --tasks"):
         pair = []
         for side, lm in enumerate((lms[0], lms[-1])):
             asked = render_chat(lm.enc, messages, reply=True)[0]
@@ -966,7 +971,7 @@ def charts(name, path, items):
     sums pass@k, majority and best of k over the number k of replies."""
     file, body = beside(path, ".jsonl"), ""
     lines = file.read_text("utf-8", "replace").splitlines() if file.is_file() else []
-    log = [json.loads(line) for line in lines if re.fullmatch(r'\{"step": .*\}', line)]
+    log = [row for row in map(parse_json, lines) if isinstance(row, dict) and "step" in row]
     for x, *keys in CURVES:
         body += plot(f"{name}, over {x}:", log, x, keys)
     for task, records in items.items():
@@ -1071,7 +1076,10 @@ def main(cfg):
                   tasks={}, checkpoints={}, items={}, contamination={}, gate=[])
     for name, task in tasks.items():
         report["tasks"][name] = {key: task[key] for key in ("form", "kind", "hash", "n")}
-    old = read_old(report, cfg) if cfg.compare else {}
+    old = {}
+    if cfg.compare:
+        old = read_old(report, cfg)
+        open_checkpoint(paths[-1], env, "--compare")    # a reward model is refused before the work
     judge = None
     if cfg.samples > 1:
         if not cfg.temperature:
@@ -1081,7 +1089,7 @@ def main(cfg):
         judge = next((lm for lm in opened if lm.scores), None)
     for path in paths:
         began = time.perf_counter()
-        lm = open_checkpoint(path, env, "--compare" if cfg.compare and path == paths[-1] else "")
+        lm = open_checkpoint(path, env)
         lm.judge = judge
         items = {}
         for name, task in tasks.items():
@@ -1111,7 +1119,7 @@ def main(cfg):
         found, share = trained_on(tokens, tasks, env)
         report["contamination"] = {name: f"{n} of {tasks[name]['n']}" for name, n in found.items()}
         print0(f"items trained on: {report['contamination'] or 'none'} ({share:.0%} of the text)")
-    if old:
+    if cfg.compare:
         report["gate"] = gate(old, items, cfg)    # of the last checkpoint
         print0(gate_table(report["gate"]))
     if env.is_master:
@@ -1119,6 +1127,8 @@ def main(cfg):
         for name, text in texts.items():    # some prompts hold half a character
             write_atomic(Path(cfg.out, name), lambda f: f.write(text.encode("utf-8", "replace")))
     print0(f"done: {cfg.out}/report.html, {duration(time.perf_counter() - started)}")
+    if cfg.compare and not report["gate"]:
+        fail("--compare: nothing that is gated was measured of both")
     if shut := [row["name"] for row in report["gate"] if row["verdict"] == "FAIL"]:
         fail(f"the gate is shut: {'; '.join(shut)}")
     return report

@@ -1160,13 +1160,13 @@ def score_texts(model, texts, pad_id, env):
 
 @torch.no_grad()
 def score_all(model, texts, pad_id, batch_size, env):
-    """Scores of any number of texts, as a list in their order."""
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    scores = torch.zeros(len(texts))
-    for start in range(0, len(texts), batch_size):
-        part = order[start:start + batch_size]
-        scores[part] = score_texts(model, [texts[i] for i in part], pad_id, env).cpu()
-    return scores.tolist()
+    """Scores of any number of texts, as a list in their order; equal texts have equal scores."""
+    different = sorted(dict.fromkeys(map(tuple, texts)), key=lambda text: -len(text))
+    scores = {}
+    for start in range(0, len(different), batch_size):
+        part = different[start:start + batch_size]
+        scores.update(zip(part, score_texts(model, part, pad_id, env).tolist()))
+    return [scores[tuple(text)] for text in texts]
 
 
 def load_judge(path, enc, block_size, env):

@@ -49,7 +49,9 @@ near = lambda x: pytest.approx(x, abs=6e-5)
     (dict(answer=["#### 14"]), "#### 140", 0, False),
     (dict(answer=["14"]), "It is 14.5.", 0, False),
     (dict(answer=["5"]), "It is 14.5.", 0, False), (dict(answer=["500"]), "$1,500", 0, False),
-    (dict(answer=["5"]), "3, 5", 1, True), (dict(answer=["cat"]), "the cat " * 4, 0, False),
+    (dict(answer=["5"]), "3, 5", 1, True), (dict(answer=["5"]), "It is -5", 0, False),
+    (dict(answer=["5"]), "-5 or 5", 1, True), (dict(answer=["-5"]), "It is -5", 1, True),
+    (dict(answer=["cat"]), "the cat " * 4, 0, False),
     (dict(answer="Paris"), "It is paris, of course.", 1, True),
     (dict(answer=["Paris", "Lutetia"]), "It is Parish.", 0, False),
     (dict(question="?", answer="6 * 3 = <<6*3=18>>18\n#### 1,018"), "So #### 1018.", 1, True)])
@@ -118,8 +120,7 @@ A, B = ({i: vote[k] for i, vote in enumerate(VOTES)} for k in (0, 1))
      dict(value=0, low=near(5.975), high=near(195.025), n=1)),
     (ev.measure, [pairs_of((0.5, 1)), ev.auroc, 1], {}),
     (paired, [values([1, 1, 0, 0]), values([1, 0, 0, 0])], [near(0.25), near(0.25), 1]),
-    (paired, [values([5, 5], 10), values([4, 8], 10)], [near(-0.1), near(0.2), 1]),    # per byte
-    (paired, [values([1]), {}], [0, 0, 1])])
+    (paired, [values([5, 5], 10), values([4, 8], 10)], [near(-0.1), near(0.2), 1])])    # per byte
 def test_formulas(function, arguments, expected):
     """Published definitions, with numbers worked out by hand."""
     if isinstance(expected, (int, float)):
@@ -399,7 +400,9 @@ def test_formats(form, tmp_path):
 @pytest.mark.parametrize("text", [
     "", "{nonsense", "[1, 2]", '{"what": 1}', '{"query": "a", "choices": ["b", "c"], "gold": 2}',
     '{"query": "a", "choices": ["b", ""], "gold": 0}', '{"prompt": "a", "expect": "refused"}',
-    '{"query": "a", "choices": ["b"], "gold": 0}',
+    '{"query": "a", "choices": ["b"], "gold": 0}', '{"query": 5, "choices": ["a", "b"], "gold": 0}',
+    '{"prompt": "a", "expect": "answer", "answer": [""]}',
+    '{"prompt": "a", "expect": "answer", "answer": ["b"], "avoid": [" "]}',
     '{"question": "a", "choices": ["b", "c", "d", "e"], "answer": ""}',
     '{"question": "Capital?", "answer": "Paris"}', '{"prompt": "a", "expect": "answer", "answer":'
     ' [4]}', '{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}',
@@ -559,6 +562,13 @@ def test_the_gate(world, report, tmp_path):
     failed = [row["name"] for row in rows if row["verdict"] == "FAIL"]
     assert "clean gold score" in failed and all(name in message for name in failed)
     assert "FAIL" in (tmp_path / "bad/report.html").read_text()
+    others = [[dict(row, id="new " + row["id"]) for row in rows]    # other items: nothing to gate
+              for rows in report["items"]["sft"].values()]
+    others = dict(report, items=dict(sft=dict(zip(report["items"]["sft"], others))))
+    (tmp_path / "others.json").write_text(json.dumps(others))
+    for compare in (f"{tmp_path}/others.json:sft", f"{world}/first/report.json:reward"):
+        assert "nothing that is gated" in error(run, world, tmp_path / "none", "dpo",
+                                                compare=compare)
     renamed = dict(report, items={"sft:2": report["items"]["sft"]})    # a colon is no separator
     (tmp_path / "old.json").write_text(json.dumps(renamed))
     found = ev.read_old(report, Config(compare=f"{tmp_path}/old.json:sft:2"))

@@ -994,7 +994,10 @@ def question_of(row):
         turns += to_turns(said, "user")
     # an instruction or a question is no transcript, whatever it looks like
     asked = dict(role="user", content=row.get("instruction") or row.get("question") or "")
-    turns += to_turns(row["prompt"], "user") if row.get("prompt") else [asked]
+    prompt, told = row.get("prompt"), row.get("instruction")
+    if told and isinstance(prompt, str) and told in prompt:    # Alpaca, filled in beside it
+        prompt = None
+    turns += to_turns(prompt, "user") if prompt else [asked]
     parts = [row.get("context"), row.get("passage"), turns[-1]["content"], row.get("input")]
     if turns[-1]["role"] == "user":
         turns[-1]["content"] = "\n\n".join(filter(None, parts))
@@ -1011,11 +1014,18 @@ def conversation(row, *replies):
     if more := next((name for name in NOT_TEXT if row.get(name)), None):
         raise ValueError(f"{more} beside the text")
     talk = next((row[name] for name in TALKS if row.get(name)), None)
+    options = next((name for name in ("choices", "options") if row.get(name)), "")
+    if options and not talk and not row.get("prompt"):
+        raise ValueError(f"{options} beside the question")
     turns = to_turns(talk, "user") if talk else question_of(row)
-    reply = next((row[name] for name in replies if row.get(name) not in (None, "", [])), [])
+    name = next((name for name in replies if row.get(name) not in (None, "", [])), "")
+    reply = row.get(name, [])
     if isinstance(reply, dict) and isinstance(reply.get("text"), list):    # SQuAD's answers
         reply = "".join(reply["text"][:1])
-    reply = to_turns(str(reply) if isinstance(reply, (int, float)) else reply, "assistant")
+    reply = str(reply) if isinstance(reply, (int, float)) else reply
+    if isinstance(reply, str) and name not in ("chosen", "rejected"):    # else it is no transcript
+        reply = dict(role="assistant", content=reply)
+    reply = to_turns(reply, "assistant")
     if reply and reply[0]["role"] != "assistant":
         turns = reply
     elif turns and not (talk and turns[-1]["role"] == "assistant"):
@@ -1557,8 +1567,12 @@ def parse_args(Config, argv=None):
         parser.add_argument(f"--{name}", default=default, **flag,
                             help=f"{help_of[name]} [{shown}]".replace("%", "%%"))
     given = parser.parse_args(argv)
+    flags = [word.split("=")[0] for word in argv or sys.argv[1:] if word.startswith("--")]
+    if twice := [flag for flag in flags if flags.count(flag) > 1]:
+        fail(f"{twice[0]} is given twice; give all its values after one")
     if getattr(given, "resume", False) and Path(given.out).is_file():
         settings = load_checkpoint(given.out, "", mmap=True)["stage_config"]
+        settings["out"] = given.out    # it may have another name by now
         parser.set_defaults(**{k: v for k, v in settings.items() if k in types})
         given = parser.parse_args(argv)
     for name, value in vars(given).items():
@@ -1641,7 +1655,7 @@ def check_out(cfg, stage, also=".jsonl"):
     """
     out, log = Path(cfg.out), beside(cfg.out, ".jsonl")
     written = {path.resolve() for path in (out, log, beside(cfg.out, also))}
-    if not out.name or out.is_dir():
+    if not out.name or out.is_dir() or cfg.out.endswith("/"):
         fail(f"--out {cfg.out}: give the name of a file, such as out/model.pt")
     for file in written.intersection(map(Path.resolve, files_of(cfg))):
         fail(f"--out {cfg.out} would overwrite {file}, which this run reads; choose another")
@@ -1670,7 +1684,7 @@ class Log:
             return
         if 0 < max_steps * getattr(cfg, "warmup", 0) < 1:
             print0(f"warning: {max_steps} steps teach little: more data or smaller batches help")
-        old = self.path.read_text("utf-8") if step and self.path.exists() else ""
+        old = self.path.read_text("utf-8", "replace") if step and self.path.exists() else ""
         lines = [line for line in old.splitlines(True) if line.endswith("\n")]
         lines = [line for line in lines if (parse_json(line) or {}).get("step", step) < step]
         write_atomic(self.path, lambda f: f.write("".join(lines).encode()))

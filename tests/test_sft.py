@@ -59,6 +59,8 @@ SHAPES = {m.to_messages: [
     (dict(prompt=[HI, YO]), [HI]), (dict(messages=[HI, YO]), [HI]),
     (dict(conversations=SAID[:1]), [HI]), (dict(prompt="Hi?", system="Be a pirate."), [PIRATE, HI]),
     (dict(instruction=HH), [turn("user", HH)]), (dict(prompt=HH), TALK),
+    (dict(instruction="Sum.", input="1, 2", prompt="Below is: Sum. 1, 2 Answer: 3"),
+     [turn("user", "Sum.\n\n1, 2")]),
     (dict(chosen=HH + "Yes.", rejected=HH + "No."), TALK)
 ], m.to_pair: [
     (dict(prompt=[HI], chosen=[YO], rejected=[GO]), ([HI], "Yo.", "Go.")),
@@ -111,6 +113,7 @@ def test_rows_of_every_shape(convert, row, expected):
     (m.to_pair, dict(prompt="Hi?", chosen="Yo."), "empty answer"),
     (m.to_messages, dict(prompt="Hi?", completion="Yo.", label=0), "label false"),
     (m.to_pair, dict(prompt="", chosen="Yo.", rejected="Go."), "empty prompt"),
+    (m.to_messages, dict(question="2+2?", choices=["3", "4"], answer=1), "choices beside the"),
     (m.to_pair, dict(chosen=HH + "Yes.", rejected=HH.replace("Hi", "Ho") + "No."), "differ"),
     (m.to_pair, dict(chosen=HH + "A\n\nHuman: x", rejected=HH + "A\n\nHuman: y"), "no assistant")])
 def test_bad_rows_are_dropped_and_counted(convert, row, why, capsys):

@@ -81,13 +81,17 @@ UNREADABLE = "unreadable: "    # so begins the reason of a record whose text can
 
 def find_parts(cfg):
     """([(number of the --input, file, from byte, to byte), ...] in order, weights of the inputs)"""
-    parts, weights = [], []
+    parts, weights, out = [], [], Path(cfg.out).resolve()
     for source, item in enumerate(cfg.input):
         path, weight = re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", item).groups("1")
+        if Path(item).exists():    # whose name ends like a weight
+            path, weight = item, "1"
         weights.append(float(weight))
         files = set()
-        for place in map(Path, glob.glob(path, recursive=True) or [find_file(path)]):
-            files.update(place.rglob("*") if place.is_dir() else [place])
+        places = [path] if Path(path).exists() else glob.glob(path, recursive=True)
+        for place in map(Path, places or [find_file(path)]):
+            inside = place.rglob("*") if place.is_dir() else [place]
+            files.update(f for f in inside if f == place or out not in f.resolve().parents)
         files = [f for f in files if SUFFIX.search(f.name) and f.is_file() and f.name[0] != "."]
         if not files:
             fail(f"--input {item}: no {FORMATS} file (or .gz, .zst) there")
@@ -203,6 +207,8 @@ def row_record(row):
     except (TypeError, AttributeError, LookupError):
         return "not in a known format"
     if not turns:
+        if None in (row.get("text", 0), row.get("content", 0)):    # a null
+            return dict(text="", kind=ROW)
         return "no field with text"
     if len(turns) > 2 or any(row.get(name) for name in TALKS):
         text = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
@@ -226,8 +232,10 @@ def read_warc(f):
         record = dict(kind=PAGE, url=headers.get("warc-target-uri", ""))
         if headers.get("warc-type") == "conversion":
             yield dict(record, text=decode(block))
-        elif headers.get("warc-type") == "response":
-            body, content_type, reason = http_body(io.BytesIO(block))
+        elif headers.get("warc-type") in ("response", "resource"):
+            body, content_type, reason = block, headers.get("content-type", "").lower(), ""
+            if headers["warc-type"] == "response":
+                body, content_type, reason = http_body(io.BytesIO(block))
             begin = body[:500].lstrip().lower()
             if "html" in content_type or begin.startswith((b"<!doctype", b"<html")):
                 text = "" if reason else page_text(body, content_type)
@@ -269,7 +277,8 @@ def http_body(f):
 # ------------------------------------------------------------------------------------------------
 # Extract: the running text of a page, by jusText's rules (links, length, function words)
 
-HIDDEN = re.compile(r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>?|\Z)", re.S | re.I)
+HIDDEN = re.compile(r"<!--(?:-?>|.*?(?:--!?>|\Z))|<(script|style)\b.*?(?:</\1\s*>?|\Z)",
+                    re.S | re.I)
 TAG = re.compile(r"""<(/?)([a-zA-Z][a-zA-Z0-9]*)([^<>=]*    # attributes, with < and > in quotes
     (?:=\s*(?:"[^"]*"|'[^']*'|(?!["'\s]))[^<>=]*){0,99})>|<[!?/a-zA-Z][^<>]*>""", re.X)
 SILENT = set("button head iframe select svg template textarea title".split())
@@ -344,7 +353,8 @@ def main_text(page):
     if "g" not in kinds:    # a few words, which the rules will judge
         kinds = kinds.replace("s", "g")
     # near-good blocks stay beside another or a good one, short ones between two, headings before
-    kinds = re.sub("(?<=g)[nsh]+|[nsh]+(?=g)|n[nsh]*n", lambda m: m[0].replace("n", "g"), kinds)
+    kinds = re.sub("(?<=g)[nsh]+|(?<![nsh])[nsh]+(?=g)|n[nsh]*n",
+                   lambda m: m[0].replace("n", "g"), kinds)
     kinds = re.sub("(?<=g)[sh]+(?=g)|h(?=g)", lambda m: "g" * len(m[0]), kinds)
     return "\n".join(text for (_, text, _), kind in zip(blocks, kinds) if kind == "g")
 
@@ -396,6 +406,8 @@ def normalise(text):
     """One kind of line end, NFC, nothing invisible; quotes, width and case stay as they are."""
     for line_end in ("\r\n", *"\r\x0b\x0c\x85\u2028\u2029"):
         text = text.replace(line_end, "\n")
+    # of cp1252 that was read as latin-1, as browsers do
+    text = re.sub("[\x80-\x9f]", lambda m: m[0].encode("latin-1").decode("cp1252", "ignore"), text)
     return unicodedata.normalize("NFC", INVISIBLE.sub("", text)).strip()
 
 
@@ -900,6 +912,8 @@ def encode(enc, text, dtype):
 # ranks know a row of numbers for each document, by which they come to the same decisions
 
 PARTS = ("train", "val")
+WRITTEN = {"train.bin", "val.bin", "train.idx", "val.idx", "encoding.json", "manifest.json",
+           "dropped.jsonl"}
 DOC = np.dtype([
     ("source", "i4"), ("part", "i4"), ("at", "i4"),    # where it was: input, part of it, record
     ("rank", "i4"), ("start", "i8"), ("bytes", "i8"), ("chars", "i8"),    # where its text is now
@@ -1179,9 +1193,9 @@ def main(cfg):
     for name, known in (("skip", ALL_RULES), ("languages", [*FUNCTION_WORDS, *SCRIPTS])):
         if wrong := set(getattr(cfg, name)) - set(known):
             fail(f"--{name} {min(wrong)}: choose from {' '.join(known)}")
-    occupied = out.is_file() or out.is_dir() and any(out.iterdir())
-    if occupied and not (out / "train.idx").exists():
-        fail(f"--out {out} exists and is not a tokens folder; choose another, it would be lost")
+    there = {f.name for f in out.iterdir()} if out.is_dir() else set()
+    if out.is_file() or there - WRITTEN or there and "train.idx" not in there:
+        fail(f"--out {out} holds something else than tokens; choose another, it would be lost")
     enc = None if cfg.tokenizer in ("train", "chars") else load_tokenizer(cfg.tokenizer)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
@@ -1190,6 +1204,8 @@ def main(cfg):
     try:
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)    # of a run that was killed
+            if out.exists():    # else the old one is the only copy
+                shutil.rmtree(work.with_suffix(".old"), ignore_errors=True)
         inputs = find_parts(cfg) if rank == 0 else None    # fetches what is on the hub
         parts, weights = gather(inputs)[0]
         work.mkdir(parents=True, exist_ok=True)

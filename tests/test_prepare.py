@@ -290,9 +290,11 @@ def test_rows_are_those_of_the_other_stages(tmp_path):
 def test_warc_records(tmp_path):
     """A wrong Content-Length loses one record, no other; chunked and compressed pages are read."""
     texts = ["hé", *(words_of(i, 20) for i in range(300))]
+    page, form = "<p>café</p>".encode(), b"Content-Type: Text/HTML"
     records = [WET.format(len(t.encode()), t).encode() for t in texts]
     records.insert(5, WET.format(9, "x" * 50).encode())
-    page, form = "<p>café</p>".encode(), b"Content-Type: Text/HTML"
+    records.append(b"WARC/1.0\r\nWARC-Type: resource\r\nContent-Length: %d\r\n%s\r\n\r\n%s"
+                   b"\r\n\r\n" % (len(page), form, page))    # without HTTP
     chunked = b"Transfer-Encoding: chunked"
     chunks = b"4\r\n%s\r\n%x;x=y\r\n%s\r\n0\r\n\r\n" % (page[:4], len(page) - 4, page[4:])
     records += [response(chunks, form, chunked), response(page, form, chunked),
@@ -305,7 +307,7 @@ def test_warc_records(tmp_path):
                 response(page, form, coding + b"br"),    # undone by the crawler
                 response(b"\x1f\x8b" + page, form)]
     out = run(tmp_path, {"a.warc": b"".join(records)}, val_fraction=0, clean=False)
-    assert load(out)[0] == [*texts, *["café"] * 6] and ledger(out) == {
+    assert load(out)[0] == [*texts, *["café"] * 7] and ledger(out) == {
         "unreadable: wrong Content-Length": 1, "HTTP status 404": 2, "HTTP status 503": 1,
         "HTTP status 301": 1, "unreadable: compressed by br": 1,
         "unreadable: compressed by zstd": 1, "unreadable: damaged compression": 1}
@@ -314,12 +316,12 @@ def test_warc_records(tmp_path):
 def test_broken_json_lines(tmp_path):
     """One broken line in a hundred is counted and skipped, more end the run."""
     lines = [json.dumps({"text": words_of(i, 20)}) for i in range(200)]
-    lines[77] = '{"text": "cut'
+    lines[77], lines[100:105] = '{"text": "cut', ['{"text": null}'] * 5
     out = run(tmp_path, {"a.jsonl": "\n".join(lines)}, val_fraction=0)
-    assert len(load(out)[0]) == 199 and ledger(out) == {"unreadable: not JSON": 1}
+    assert len(load(out)[0]) == 194 and ledger(out) == {"unreadable: not JSON": 1, "empty": 5}
     lines[10:15] = ["oops"] * 5
     message = error(run, tmp_path, {"a.jsonl": "\n".join(lines)})
-    assert "a.jsonl" in message and "11" in message and len(load(out)[0]) == 199
+    assert "a.jsonl" in message and "11" in message and len(load(out)[0]) == 194
 
 
 def test_a_page_that_cannot_be_read_ends_no_run(tmp_path):
@@ -362,6 +364,24 @@ def test_a_failed_run_keeps_the_old_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "encode", Mock(side_effect=OSError(28, "No space left")))
     error(run, tmp_path, {"a.txt": words_of(2, 300)})
     assert (out / "train.bin").read_bytes() == before and not list(tmp_path.glob(".*"))
+    (out / "raw.txt").write_text("somebody's")    # beside the tokens
+    error(run, tmp_path, {})
+    assert (out / "raw.txt").exists()
+
+
+def test_what_was_written_is_no_input(tmp_path):
+    """With --out inside --input a second run reads what the first one read; what a kill left of an
+    exchanged folder is in nobody's way. Names are taken literally before they are patterns."""
+    where = dict(out=str(tmp_path / "raw/tokens"), dropped=True, val_fraction=0)
+    run(tmp_path, {"a.txt": words_of(1, 300), "b.txt": words_of(1, 300), "b[1].txt": "b"}, **where)
+    first = load(tmp_path / "raw/tokens")
+    (tmp_path / "raw/.tokens.old/x").mkdir(parents=True)
+    run(tmp_path, {}, **where)
+    assert load(tmp_path / "raw/tokens")[:2] == first[:2]
+    (tmp_path / "raw/c:2").mkdir()
+    out = run(tmp_path, {"c:2/d.txt": "d", "b1.txt": "wrong"}, val_fraction=0, input=[
+        str(tmp_path / "raw/b[1].txt"), str(tmp_path / "raw/c:2")])
+    assert load(out)[0] == ["b", "d"]
 
 
 def test_large_files_are_read_in_parts(tmp_path, monkeypatch):
@@ -413,7 +433,7 @@ def test_page_becomes_its_article(article, last):
 
 @pytest.mark.parametrize("page", [
     "<nav><p>{}", "<table><tr><td>{}<br>", "<p>{}<!-- open", "<P CLASS='a'>{}</P><script>",
-    "<title>Bells<p>{}", "<a href=x><p>{}</p></a ><p>{}</p>"])
+    "<!--><!-- x --!><p>{}", "<title>Bells<p>{}", "<a href=x><p>{}</p></a ><p>{}</p>"])
 def test_page_that_closes_nothing(page):
     """A forgotten closing tag does not lose the page."""
     assert ARTICLE in prepare.main_text(page.replace("{}", ARTICLE))
@@ -488,7 +508,8 @@ def test_charset(label, codec, text):
 
 
 @pytest.mark.parametrize("bait", [
-    "<!--", "<nav>", "<a href='", "<a =\"<a\" =", "<meta ", "<p>a <a>b", "a@", "A1B2 ", "Ã©"])
+    "<!--", "<nav>", "<tr><td>x", "<a href='", "<a =\"<a\" =", "<meta ", "<p>a <a>b", "a@", "A1B2 ",
+    "Ã©"])
 def test_every_pattern_is_linear(bait):
     """200 kB made to be slow take no more than seconds."""
     text, started = bait * (200_000 // len(bait)), time.process_time()
@@ -503,6 +524,7 @@ def test_normalise_and_repair():
     """Line ends and control characters are made one; mojibake is undone and nothing else is."""
     dirty = "\ufeffa\r\nb\rc\0d\x1fe\u0301 “Q” ﬁ\tx\fsoft\xadhy\u200bph\u200d\u2060en\x85\n"
     assert prepare.normalise(dirty) == "a\nb\ncd\u00e9 “Q” ﬁ\tx\nsofthyphen"
+    assert prepare.normalise("don\x92t \x93stop\x94\x97\x81now") == "don’t “stop”—now"    # cp1252
     needed = "می\u200cخواهم क्\u200dष \U0001f468\u200d\U0001f469 \u2764\ufe0f\u200d\U0001f525"
     assert prepare.normalise(needed) == needed
     for quoted in ("und „sitzen ließ“, er", "NESTLÉ® «CAFÉ» “IRMÔ", "Groß\xadvater", "Æ–Ø–Å"):

@@ -37,11 +37,11 @@ import torch
 import torch.nn.functional as F
 
 from model import (ENDOFTEXT, IM_END, INSULTS, PHRASE_DOCUMENTS, ScalarHead, beside, complete,
-                   duration, encoding_hash, fail, find_file, generate, item_ngrams, item_text,
-                   keep_valid, load_checkpoint, load_model, match_words, ngram_hashes, open_tokens,
-                   pad_batch, parse_json, print0, read_json, read_rows, render_chat, render_reply,
-                   row_files, run, score_all, setup, share_out, to_pair, to_prompt, token_bytes,
-                   wilson, write_atomic)
+                   duration, encoding_hash, fail, find_file, generate, has_tokens, item_ngrams,
+                   item_text, keep_valid, load_checkpoint, load_model, match_words, ngram_hashes,
+                   open_tokens, pad_batch, parse_json, print0, read_json, read_rows, render_chat,
+                   render_reply, row_files, run, score_all, setup, share_out, to_pair, to_prompt,
+                   token_bytes, wilson, write_atomic)
 
 FORMAT = 4             # of report.json; raise it when a number would change its meaning
 FORMAT_BONUS = 0.1     # what verify() adds for the form "#### n", right or wrong
@@ -312,6 +312,11 @@ def read_shots(cfg):
 # each row of a task a dict of what METRICS names: numbers, or pairs of them
 
 
+def name_of(path):
+    """What a checkpoint is called in the report."""
+    return Path(path).resolve().name.removesuffix(".pt")
+
+
 def open_checkpoint(path, env, use=""):
     """A checkpoint as attributes; scores: it is a reward model; cut: inputs that were too long."""
     saved = load_checkpoint(path, "python pretrain.py")
@@ -320,9 +325,9 @@ def open_checkpoint(path, env, use=""):
     if use and scores:
         fail(f"{path} is a reward model; {use} needs a language model")
     return SimpleNamespace(
-        name=Path(path).resolve().name.removesuffix(".pt"), path=str(path), stage=saved["stage"],
-        step=saved["step"], init=saved["stage_config"].get("init", ""), cut=0, model=model.eval(),
-        enc=enc, scores=scores, block_size=model.config.block_size,
+        name=name_of(path), path=str(path), stage=saved["stage"], step=saved["step"],
+        init=saved["stage_config"].get("init", ""), cut=0, model=model.eval(), enc=enc,
+        scores=scores, block_size=model.config.block_size,
         stop_ids=[enc._special_tokens[IM_END], enc._special_tokens[ENDOFTEXT]])
 
 
@@ -1064,11 +1069,10 @@ def main(cfg):
     if Path(cfg.out).is_file():
         fail(f"--out {cfg.out} is a file; give a folder")
     paths, tasks, tokens = checkpoints_of(cfg, "reward"), read_tasks(cfg), None
-    names = {Path(path).resolve().name.removesuffix(".pt") for path in paths}
-    if len(names) < len(paths):
+    if len(set(map(name_of, paths))) < len(paths):
         fail(f"two of {' '.join(paths)} have one name; rename one")
     read_shots(cfg)    # what is wrong with them is said now
-    if Path(cfg.tokens, "manifest.json").exists() or cfg.tokens not in ("none", Config.tokens):
+    if has_tokens(cfg.tokens, Config.tokens):
         tokens = open_tokens(cfg.tokens)
     else:
         print0(f"no {cfg.tokens}/manifest.json: memorisation and contamination left out")
@@ -1079,7 +1083,8 @@ def main(cfg):
     old = {}
     if cfg.compare:
         old = read_old(report, cfg)
-        open_checkpoint(paths[-1], env, "--compare")    # a reward model is refused before the work
+        if "score.weight" in load_checkpoint(paths[-1], "python sft.py", mmap=True)["weights"]:
+            fail(f"{paths[-1]} is a reward model; --compare needs a language model")
     judge = None
     if cfg.samples > 1:
         if not cfg.temperature:

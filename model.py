@@ -1232,6 +1232,20 @@ def load_function(flag, spec):
 # Folders of tokens that prepare.py writes
 
 
+def read_encoding(folder):
+    """The tokenizer in a folder of tokens."""
+    try:
+        return encoding_from_dict(read_json(Path(folder, "encoding.json")))
+    except (KeyError, TypeError, ValueError) as e:
+        fail(f"{folder}: encoding.json is damaged: {type(e).__name__} {e}; run prepare.py again")
+
+
+def has_tokens(path, default):
+    """Is there a folder of tokens to open? "none" and an absent default are no; what else is given
+    has to be there."""
+    return path not in ("none", default) or Path(path, "manifest.json").exists()
+
+
 def open_tokens(spec, reader="", its_enc=None, block_size=0):
     """DIR or DIR:WEIGHT -> dict(path, weight, train, val, enc); the arrays are memory-mapped.
     reader: what it must suit, which has the tokenizer its_enc and reads block_size tokens."""
@@ -1244,13 +1258,12 @@ def open_tokens(spec, reader="", its_enc=None, block_size=0):
         fail(f"{path} holds no tokens; make them with: "
              f"python prepare.py --input FILES --out {path}")
     manifest = read_json(Path(path, "manifest.json"))
+    enc = read_encoding(path)
     try:
-        enc = encoding_from_dict(read_json(Path(path, "encoding.json")))
         dtype = np.dtype(manifest["dtype"])
         counts = {part: int(manifest["tokens"][part]) for part in ("train", "val")}
     except (KeyError, TypeError, ValueError) as e:
-        fail(f"{path}: manifest.json or encoding.json is damaged: {type(e).__name__} {e}; run "
-             f"prepare.py again")
+        fail(f"{path}: manifest.json is damaged: {type(e).__name__} {e}; run prepare.py again")
     source = dict(path=path, weight=float(weight), enc=enc)
     for part, n in counts.items():
         file = Path(path, f"{part}.bin")
@@ -1567,7 +1580,8 @@ def parse_args(Config, argv=None):
         parser.add_argument(f"--{name}", default=default, **flag,
                             help=f"{help_of[name]} [{shown}]".replace("%", "%%"))
     given = parser.parse_args(argv)
-    flags = [word.split("=")[0] for word in argv or sys.argv[1:] if word.startswith("--")]
+    words = sys.argv[1:] if argv is None else argv
+    flags = [word.split("=")[0] for word in words if word.startswith("--")]
     if twice := [flag for flag in flags if flags.count(flag) > 1]:
         fail(f"{twice[0]} is given twice; give all its values after one")
     if getattr(given, "resume", False) and Path(given.out).is_file():

@@ -48,7 +48,7 @@ from model import (ENDOFTEXT, INSULTS, PHRASE_DOCUMENTS, PIECE, REPLIES, SPLIT_P
                    UTF16, conversation, cut_text, encoding_from_dict, encoding_hash,
                    encoding_to_dict, fail, find_file, item_ngrams, json_rows, keep_valid,
                    load_checkpoint, make_encoding, match_words, need, ngram_hashes, open_file,
-                   parse_args, print0, read_json, read_rows, row_files)
+                   parse_args, print0, read_encoding, read_rows, row_files)
 
 
 @dataclass
@@ -207,7 +207,7 @@ def row_record(row):
     except (TypeError, AttributeError, LookupError):
         return "not in a known format"
     if not turns:
-        if None in (row.get("text", 0), row.get("content", 0)):    # a null
+        if any(name in row and row[name] is None for name in ("text", "content")):
             return dict(text="", kind=ROW)
         return "no field with text"
     if len(turns) > 2 or any(row.get(name) for name in TALKS):
@@ -890,11 +890,8 @@ def load_tokenizer(spec):
         except Exception as e:    # of requests, sockets, files: no file and no network
             fail(f"--tokenizer gpt2: tiktoken cannot fetch it ({type(e).__name__})")
         return make_encoding("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, gpt2._special_tokens)
-    if (file := Path(spec, "encoding.json")).exists():
-        try:
-            return encoding_from_dict(read_json(file))
-        except (KeyError, TypeError, ValueError) as e:
-            fail(f"--tokenizer {spec}: {file} is damaged: {type(e).__name__} {e}")
+    if Path(spec, "encoding.json").exists():
+        return read_encoding(spec)
     made_by = "python pretrain.py (or give --tokenizer train, bytes, chars or gpt2)"
     return encoding_from_dict(load_checkpoint(spec, made_by)["encoding"])
 

@@ -28,18 +28,17 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
 from model import (IM_END, PAD, Log, add_lora, beside, check_out, collate, compiled, complete,
-                   cosine_lr, duration, fail, keep_valid, load_language_model, load_principles,
-                   load_prompts, make_optimizers, nth_of_epochs, open_tokens, parallel, peak_flops,
-                   peak_memory, print0, read_rows, render_chat, resume, run, save_checkpoint, setup,
-                   share_out, sum_over_ranks, to_messages, token_bytes, token_logprobs, window,
-                   write_rows)
+                   cosine_lr, duration, fail, has_tokens, keep_valid, load_language_model,
+                   load_principles, load_prompts, make_optimizers, nth_of_epochs, open_tokens,
+                   parallel, peak_flops, peak_memory, print0, read_rows, render_chat, resume, run,
+                   save_checkpoint, setup, share_out, sum_over_ranks, to_messages, token_bytes,
+                   token_logprobs, window, write_rows)
 
 CRITIQUE = "What is wrong with your answer by this principle? {principle}"
 REVISION = "Answer again, by the principle."
@@ -163,8 +162,7 @@ def revisions(model, enc, cfg, env):
 
 def open_replay(cfg, enc, block_size):
     """The folder of tokens to replay; None where there is none and none was asked for."""
-    there = Path(cfg.replay_data, "manifest.json").exists()
-    if not there and cfg.replay_data in ("none", Config.replay_data):
+    if not has_tokens(cfg.replay_data, Config.replay_data):
         print0(f"no tokens in {cfg.replay_data}: training without replay, without bits per byte")
         return None
     source = open_tokens(cfg.replay_data, cfg.init, enc, block_size)

@@ -583,10 +583,12 @@ def test_what_cannot_be_measured(world, report, tmp_path):
     for changes in (dict(max_new_tokens=11), dict(limit=1), facts):
         assert "compared" in error(run, world, out, "sft", **same, **changes)
     error(run, world, world / "first", "sft", **same)    # would be overwritten
+    error(run, world, world / "sft.pt", "sft", **facts)    # a file, not a folder
     for names, changes in (
             ("sft", dict(compare=old)), ("sft", dict(compare=f"{old}:nobody")), ("reward", same),
             ("sft", dict(compare=f"{world}/sft.pt:sft")), ("reward", facts), ("none", {}),
-            ("sft", dict(facts, shots="nowhere:3")),
+            ("sft", dict(facts, shots="nowhere:3")), ("sft", dict(facts, tokens="nowhere")),
+            ("sft", dict(tasks=[str(world / "tasks/prefs.jsonl")], rate=[str(out)])),
             ("reward", dict(chat=True)), ("reward", dict(rate=[str(out)])), ("sft sft", facts),
             ("sft", dict(tasks=2 * facts["tasks"])), ("sft", dict(tasks=["none.jsonl"]))):
         error(run, world, out, *names.split(), **changes)

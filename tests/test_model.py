@@ -259,6 +259,16 @@ def test_muon_is_torchs(dtype, tolerance):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
+def test_frozen_weights_cost_no_gradient(monkeypatch):
+    """LoRA: forward and backward through a weight are 4 FLOPs, 6 if it is learned."""
+    model = tiny()
+    head, blocks = model.head.weight.numel(), [p for p in model.blocks.parameters() if p.dim() > 1]
+    before, n = model.flops_per_token(), sum(p.numel() for p in blocks)
+    m.add_lora(model, 2)
+    adapters = sum(p.numel() for name, p in model.named_parameters() if name.endswith((".a", ".b")))
+    assert model.flops_per_token() == before - 2 * (head + n) + 6 * adapters
+
+
 def test_where_compiling_fails_the_model_comes_back(monkeypatch, capsys):
     """A machine without a compiler trains all the same, and says so in one line."""
     def refuse(_):
@@ -282,11 +292,13 @@ class Config:
     n_expert: int = 0            # a fork's field, which states no bound
 
 
-def test_command_line(capsys):
+def test_command_line(capsys, monkeypatch):
     """Flags of every type; what is not said keeps its default; --help is the comments."""
     argv = "--data a b --steps 3 --rate 1e-3 --fast --no-compile --kind b --n_expert 0".split()
     assert m.parse_args(Config, argv) == Config(["a", "b"], 3, 1e-3, 0.5, True, False, "b")
+    monkeypatch.setattr(sys, "argv", ["stage.py", "--data", "a", "--data", "b"])
     assert m.parse_args(Config, []) == Config()
+    assert "--data is given twice" in error(m.parse_args, Config)
     assert m.parse_args(Config, ["--n_expert", "-1"]).n_expert == -1
     with pytest.raises(SystemExit) as e:
         m.parse_args(Config, ["--help"])

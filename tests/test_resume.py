@@ -133,6 +133,8 @@ def test_resume_takes_the_settings_of_the_run(files, tmp_path, capsys):
     dpo.main(cfg)
     assert "changed: max_steps 3 -> 4\n" in capsys.readouterr().out
     assert log_of(out)[-1]["step"] == 4 and len(cfg.data) == 3001
+    moved = str(Path(out).rename(tmp_path / "moved.pt"))    # goes on where it is now
+    assert m.parse_args(dpo.Config, ["--resume", "--out", moved]).out == moved
     cfg = config(pretrain, files, tmp_path / "c.pt", init=files["base"], depth=4, n_embd=None)
     for changes in (dict(n_head=None), dict(n_head=None, resume=True, depth=2, max_steps=4)):
         pretrain.main(replace(cfg, **changes))
@@ -209,7 +211,7 @@ ERRORS = [
     *((stage, changes, word) for stage in STAGES for changes, word in (
         (dict(init="no.pt"), "make it with: python "), (dict(init="{pairs}"), "not a checkpoint"),
         (dict(init="{judge}"), "is a reward model"),
-        (dict(out=""), "--out"), (dict(out="{folder}"), "--out"),
+        (dict(out=""), "--out"), (dict(out="{folder}"), "--out"), (dict(out="new/"), "--out"),
         (dict(out="{folder}/file/a.pt"), "cannot write"), (dict(data=["no.jsonl"]), "no.jsonl"),
         (dict(out="{folder}/mine.pt"), "choose another --out"),
         (dict(data=["{folder}/useless.jsonl"]), "useless.jsonl"))),

@@ -67,7 +67,7 @@ def test_load_pairs(tmp_path, capsys):
            dict(good, rejected="long" * 30), dict(good, margin="inf"), dict(good, margin="much")]
     pair, = load_pairs([write(tmp_path / "x.jsonl", [good, *bad])], ENC, 96)
     shown, n = capsys.readouterr().out, pair["n_prompt"]
-    for why in ("6 of 7 rows dropped", "or rejected (1, first row 2)",
+    for why in ("6 of 7 rows dropped", "empty answer, or no chosen or rejected (1, first row 2)",
                 "out of range (2, first row 4)", "96 tokens (2, first row 3)"):
         assert why in shown
     assert (pair["margin"], pair["probability"], pair["source"]) == (0.5, 0.9, "x")
@@ -155,6 +155,18 @@ def test_the_letter_a_judge_prefers():
     for ids, p in zip(requests, got):
         logits = model(torch.tensor([ids]))[0, -1]
         assert p == pytest.approx(logits[[65, 66]].softmax(0)[0].item(), abs=1e-5)
+
+
+def test_equal_texts_have_equal_scores(monkeypatch):
+    """Also in bf16, where the width of a batch is felt: GRPO leaves groups of equal answers out."""
+    torch.manual_seed(1)
+    texts = [list(range(5, 9))] * 4 + [list(range(5, 5 + n)) for n in (60, 40, 9, 3)]
+    env = replace(CPU, dtype=torch.bfloat16)
+    model, batches = judge(), []
+    monkeypatch.setattr(m, "score_texts", lambda model, part, *a: batches.append(part)
+                        or score_texts(model, part, *a))
+    scores = score_all(model, texts, PAD, 3, env)
+    assert len(set(scores[:4])) == 1 and sum(map(len, batches)) == 5
 
 
 def test_answers_that_do_not_end_are_not_judged(monkeypatch):

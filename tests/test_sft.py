@@ -33,6 +33,7 @@ SHAPES = {m.to_messages: [
     (dict(conversations=SAID, system="Be a pirate."), [PIRATE, HI, YO]),
     (dict(instruction="Hi", input="?", output="Yo."), [turn("user", "Hi\n\n?"), YO]),
     (dict(question=HH, answer="Yo."), [turn("user", HH), YO]),    # no words in others' mouths
+    (dict(instruction="Hi?", output=HH + "Yo."), [HI, turn("assistant", HH + "Yo.")]),
     (dict(prompt=[HI], completion=[YO]), [HI, YO]),
     (dict(prompt="\n\nHuman: Hi?\n\nAssistant:", completion="Yo."), [HI, YO]),
     (dict(prompt="Hi?", chosen="Yo.", rejected="Go."), [HI, YO]),

@@ -119,7 +119,7 @@ def test_the_same_command_twice(short, stage):
     assert out.read_text() == "somebody's text"
 
 
-def test_resume_takes_the_settings_of_the_run(files, tmp_path, capsys):
+def test_resume_takes_the_settings_of_the_run(files, tmp_path, capsys, monkeypatch):
     """--resume --out FILE goes on as that run, of any number of files; what flags change is said.
 
     Nothing else is: a checkpoint's own depth, given by a flag, changes nothing.
@@ -133,8 +133,10 @@ def test_resume_takes_the_settings_of_the_run(files, tmp_path, capsys):
     dpo.main(cfg)
     assert "changed: max_steps 3 -> 4\n" in capsys.readouterr().out
     assert log_of(out)[-1]["step"] == 4 and len(cfg.data) == 3001
-    moved = str(Path(out).rename(tmp_path / "moved.pt"))    # goes on where it is now
-    assert m.parse_args(dpo.Config, ["--resume", "--out", moved]).out == moved
+    (tmp_path / "out").mkdir()
+    Path(out).rename(tmp_path / "out/dpo.pt")    # goes on where it is now
+    monkeypatch.chdir(tmp_path)
+    assert m.parse_args(dpo.Config, ["--resume"]).out == "out/dpo.pt"
     cfg = config(pretrain, files, tmp_path / "c.pt", init=files["base"], depth=4, n_embd=None)
     for changes in (dict(n_head=None), dict(n_head=None, resume=True, depth=2, max_steps=4)):
         pretrain.main(replace(cfg, **changes))

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree
 from unittest.mock import Mock
 
@@ -596,6 +597,21 @@ def test_what_cannot_be_measured(world, report, tmp_path):
     assert not out.exists()
 
 
+def test_text_that_nobody_was_trained_on_is_not_searched(world, tmp_path, monkeypatch):
+    """Of a folder with another tokenizer than all models nothing is said."""
+    searched = []
+    monkeypatch.setattr(ev, "trained_on", lambda *_: searched.append(1) or ({}, 1.0))
+    folder = shutil.copytree(world / "tokens", tmp_path / "tokens")
+    facts = dict(tasks=[str(world / "tasks/facts.jsonl")], tokens=str(folder))
+    run(world, tmp_path / "x", "sft", **facts)
+    assert searched == [1]
+    saved = json.loads((folder / "encoding.json").read_text())
+    saved["special_tokens"]["<|other|>"] = 400
+    (folder / "encoding.json").write_text(json.dumps(saved))
+    run(world, tmp_path / "x", "sft", **facts)
+    assert searched == [1]
+
+
 def test_edges(world, tmp_path):
     """One item, sampling, prompts longer than the context, no tokens folder."""
     long = dict(prompt="Ada " * 200, expect="answer", answer="tea")
@@ -668,6 +684,11 @@ def test_rate(world, tmp_path, monkeypatch, capsys):
     assert rows[0]["chosen"].startswith(replies[0]) and rows[1]["chosen"].startswith(replies[5])
     assert len(rows) == 3 and all(to_pair(row)[1] != to_pair(row)[2] for row in rows)
     assert shown[5] == shown[1] == "What does Ben like?"    # what was skipped is asked again
+    twice, three = [dict(prompt=CHATS[0][:1])] * 2, str(tmp_path / "three.jsonl")
+    typing(monkeypatch, "a", "a")
+    run(world, tmp_path, "base", "sft", rate=[three], tasks=[write(tmp_path / "t.jsonl", twice)])
+    assert len(read_rows([three])) == 1    # an equal pair is not asked again
+    capsys.readouterr()
     ev.main(Config(rate=[one, two]))
     assert "agreement on 3 common pairs" in capsys.readouterr().out
     vote = lambda pair, chosen, rejected: dict(pair=pair, chosen=chosen, rejected=rejected)

@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import random
+import re
 import time
 import zlib
 from collections import Counter
@@ -156,6 +157,15 @@ def test_a_million_times_the_same_character(pattern):
     enc = make_encoding("t", pattern, {bytes([i]): i for i in range(256)})
     for text in (" " * 10 ** 6 + "x", "\n" * 10 ** 6 + "x", "a" * 10 ** 6):
         assert bytes(enc.encode_ordinary(text)) == text.encode()    # in every stage
+
+
+def test_the_size_that_an_error_names_works(tmp_path):
+    """Also above 1,024, where sizes are rounded up to 64s."""
+    text = {"a.txt": words_of(1, 9000)}
+    message = error(run, tmp_path, text, tokenizer="train", vocab_size=20_001)
+    most = int(re.search(r"at most (\d+) ids", message)[1])
+    run(tmp_path, text, tokenizer="train", vocab_size=most)
+    assert most > 1024
 
 
 def test_text_without_words_trains_a_tokenizer(tmp_path):
@@ -364,6 +374,7 @@ def test_a_failed_run_keeps_the_old_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "encode", Mock(side_effect=OSError(28, "No space left")))
     error(run, tmp_path, {"a.txt": words_of(2, 300)})
     assert (out / "train.bin").read_bytes() == before and not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
     (out / "raw.txt").write_text("somebody's")    # beside the tokens
     error(run, tmp_path, {})
     assert (out / "raw.txt").exists()
@@ -518,6 +529,14 @@ def test_every_pattern_is_linear(bait):
     text, _ = prepare.clean(text + "\n" + text.replace(" ", ""), prepare.PAGE, cfg, Counter())
     prepare.scrub(text)
     assert time.process_time() - started < 4
+
+
+def test_a_long_table_takes_linear_time():
+    """Short rows behind a paragraph of links, as many as a page may have."""
+    page = f"<p>{ARTICLE} {ARTICLE}<p><a href=x>{ARTICLE}</a>" + "<tr><td>x" * 40_000
+    started = time.process_time()
+    prepare.main_text(page)
+    assert time.process_time() - started < 3
 
 
 def test_normalise_and_repair():
